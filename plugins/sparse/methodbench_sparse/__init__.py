@@ -1,0 +1,1 @@
+"""methodbench plugin: sparse."""

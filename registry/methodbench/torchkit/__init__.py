@@ -1,0 +1,1 @@
+"""Shared torch machinery: whatever two methods need lives here once. Importing this package imports torch."""
