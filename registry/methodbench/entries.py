@@ -104,7 +104,7 @@ class Method:
 
     name: str
     kind: str
-    """One of :data:`methodbench.protocols.KINDS`."""
+    """One of :data:`methodbench.kinds.KIND_NAMES`."""
     family: str
     """The board that the method appears on; see :class:`Family`."""
     impl: str
@@ -224,6 +224,8 @@ class SuiteFile:
     path: str
     """File inside ``package``, with forward slashes."""
     summary: str
+    role: Literal["", "demo", "demo-quick"] = ""
+    """``methodbench demo`` runs every suite of role ``demo``, ``demo --quick`` every one of role ``demo-quick``."""
 
     def __post_init__(self) -> None:
         _check_name("suite", self.name)

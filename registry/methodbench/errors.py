@@ -56,12 +56,17 @@ class SourceError(MethodbenchError):
 
 
 class MissingExtraError(MethodbenchError):
-    """An optional dependency that is not installed; the hint is the install line."""
+    """An optional dependency that is not installed; the hint is the install line.
 
-    def __init__(self, what: str, module: str, extra: str) -> None:
+    Args:
+        what: what needs it.
+        module: the package that is missing.
+        install: what to give to ``pip install``, for example ``"methodbench[quant]"``; by default the package.
+    """
+
+    def __init__(self, what: str, module: str, install: str = "") -> None:
         super().__init__(
-            f"{what} needs the package {module!r}, which is not installed",
-            f"pip install 'methodbench[{extra}]'" if extra else f"pip install {module}",
+            f"{what} needs the package {module!r}, which is not installed", f"pip install '{install or module}'"
         )
 
 

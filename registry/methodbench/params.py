@@ -1,12 +1,12 @@
 """Hyperparameters: typed, validated fields of one dataclass per implementation.
 
->>> from typing import Annotated
->>> from pydantic import Field
->>> @hyperparameters
-... class RTN:
-...     bits: Annotated[int, Field(ge=2, le=8, description="weight bits")] = 4
->>> resolve(RTN, {"bits": 3}, owner="rtn")
-{'bits': 3}
+::
+
+    @hyperparameters
+    class RTN:
+        bits: Annotated[int, Field(ge=2, le=8, description="weight bits")] = 4
+
+    resolve(RTN, {"bits": 3}, owner="rtn")  # {"bits": 3}
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import numpy as np
 
 from methodbench.entries import Metric
+from methodbench.kinds import KIND_NAMES
 
 if TYPE_CHECKING:
     import torch
@@ -110,15 +111,10 @@ class Probe(Protocol):
         ...
 
 
-#: Every kind of method, with the protocol of its implementation.
-KINDS: Mapping[str, type] = {
-    "compressor": Compressor,
-    "optimizer": OptimizerMethod,
-    "training": TrainingMethod,
-    "explainer": Explainer,
-    "segmenter": Segmenter,
-    "probe": Probe,
-}
+#: Every kind of method (see :data:`methodbench.kinds.KIND_NAMES`), with the protocol of its implementation.
+KINDS: Mapping[str, type] = dict(
+    zip(KIND_NAMES, (Compressor, OptimizerMethod, TrainingMethod, Explainer, Segmenter, Probe), strict=True)
+)
 
 
 @dataclass(slots=True)

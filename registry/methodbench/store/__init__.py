@@ -1,1 +1,6 @@
-"""Records: tables, sessions, migrations."""
+"""Records: tables, sessions, migrations. Importing this package imports SQLModel."""
+
+from methodbench.store.database import Store, open_store
+from methodbench.store.schema import SCHEMA_REVISION, Environment, MetricValue, Run, Series
+
+__all__ = ["SCHEMA_REVISION", "Environment", "MetricValue", "Run", "Series", "Store", "open_store"]

@@ -1,0 +1,1 @@
+"""What the optimizers are compared on: analytic landscapes and small trainings, seconds on one CPU thread."""

@@ -1,0 +1,395 @@
+"""GPTQ: accurate post-training quantization for generative pre-trained transformers (Frantar et al., ICLR
+2023).
+
+One Linear at a time is rounded column by column, and the error of every column is spread over the columns
+that are not rounded yet, so that the layer's output error on calibration inputs ``X`` grows as little as
+possible. The inverse Hessian of that error says how. With ``H = 2 X^T X`` damped, and ``U`` upper triangular
+such that ``H^-1 = U^T U``::
+
+    q_j = quantize(w_j);  e_j = (w_j - q_j) / U_jj;  w_k <- w_k - e_j U_jk  for every k > j
+
+Blocks are processed in order, each on inputs that went through the blocks quantized before it. Updates are
+applied within blocks of columns at first and to the rest once per block, which changes nothing but rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Annotated, Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from methodbench.context import Context
+from methodbench.errors import DivergedError
+from methodbench.params import hyperparameters
+from methodbench.torchkit.model import Calibration, LoadedModel
+from methodbench.torchkit.quantizers import (
+    Quantized,
+    UniformGrid,
+    find_grid,
+    find_grid_by_mse,
+    groups_of,
+    on_grid,
+)
+from methodbench.torchkit.sequential import BlockStep, Observer, walk
+from methodbench_quant.llm.layers import finished, open_copy, replace_linear, weight_of
+from methodbench_quant.llm.rtn import check_group_size
+
+#: Calibration tokens per input column below which the Hessian follows the calibration text too closely.
+TOKENS_PER_COLUMN = 4
+
+#: Columns whose mutual updates are applied one by one; wider updates are matrix products.
+_PANEL = 32
+
+
+@hyperparameters
+class GPTQ:
+    """Rounds the weights of every Linear in the blocks with error feedback; the rest stays as it is."""
+
+    bits: Annotated[Literal[2, 3, 4, 8], Field(description="weight bits")] = 4
+    group_size: Annotated[
+        int, Field(ge=-1, description="input columns that share a scale; -1 for one per output channel")
+    ] = -1
+    symmetric: Annotated[bool, Field(description="grid without zero point")] = False
+    mse: Annotated[bool, Field(description="search the clipping of every grid")] = False
+    percdamp: Annotated[
+        float, Field(gt=0, le=1, description="damping, as a share of the Hessian's mean diagonal")
+    ] = 0.01
+    blocksize: Annotated[int, Field(ge=1, description="columns per lazy update")] = 128
+    act_order: Annotated[bool, Field(description="columns in descending order of the diagonal of H")] = False
+    static_groups: Annotated[
+        bool, Field(description="fix the grids of all groups before any column is rounded")
+    ] = False
+    true_sequential: Annotated[
+        bool, Field(description="layers of a block one after another, each on inputs from the ones before")
+    ] = False
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        check_group_size(self.group_size)
+        if self.static_groups and self.group_size == -1:
+            raise ValueError("static_groups needs a group_size: without one every grid is fixed anyway")
+        return self
+
+    def compress(self, model: LoadedModel, data: Calibration, ctx: Context) -> LoadedModel:
+        """Return ``model`` with packed layers, calibrated on ``data`` (token ids or images).
+
+        Raises:
+            NotApplicableError: no calibration inputs; a layer's width is no multiple of ``group_size``.
+            DivergedError: weights or calibration activations are not finite.
+        """
+        model = open_copy(model)
+        for name, layer in model.adapter.targets(model.module).items():
+            groups_of(weight_of(layer), self.group_size, name)
+        report = _Report(self.percdamp)
+        for step in walk(model, data, propagate="compressed"):
+            layers = list(model.adapter.linears(step.block))
+            rounds = model.adapter.sequential_groups(step.block) if self.true_sequential else [layers]
+            for names in rounds:
+                with ctx.phase("hessians"):
+                    hessians = observe_hessians(step, names)
+                with ctx.phase("rounding"):
+                    for shared, hessian in hessians:
+                        self._quantize(step, shared, hessian, report)
+        report.tell(ctx)
+        return finished(model, {"loss": report.loss})
+
+    def _quantize(self, step: BlockStep, names: list[str], hessian: Hessian, report: _Report) -> None:
+        """Quantize the Linears that share one input as one matrix: their rows do not depend on each other."""
+        weights = [weight_of(step.block.get_submodule(name)) for name in names]
+        rounded = gptq(
+            torch.cat(weights),
+            hessian.matrix,
+            bits=self.bits,
+            group_size=self.group_size,
+            symmetric=self.symmetric,
+            mse=self.mse,
+            percdamp=self.percdamp,
+            blocksize=self.blocksize,
+            act_order=self.act_order,
+            static_groups=self.static_groups,
+            name=f"{step.name}.{names[0]}",
+        )
+        report.add([f"{step.name}.{name}" for name in names], hessian, rounded)
+        start = 0
+        for name, weight in zip(names, weights, strict=True):
+            rows = slice(start, start + weight.shape[0])
+            start = rows.stop
+            replace_linear(step.block, name, rounded.rows(rows), perm=rounded.perm)
+
+
+@dataclass(slots=True)
+class Hessian:
+    """``2 / n * sum of x^T x`` over ``n`` calibration sequences, fp32 [in, in]; see :func:`add_batch`."""
+
+    matrix: Tensor
+    sequences: int = 0
+    tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Rounded:
+    """What :func:`gptq` returns.
+
+    Attributes:
+        quantized: codes [rows, columns], in the order of ``perm`` where there is one.
+        perm: int64 [columns] or None: column ``j`` of the codes is column ``perm[j]`` of the weight.
+        loss: sum over all weights of the output error that each rounding adds, ``e^2 / 2``.
+        damping: share of the mean diagonal that made the Hessian positive definite.
+    """
+
+    quantized: Quantized
+    perm: Tensor | None
+    loss: float
+    damping: float
+
+    def rows(self, rows: slice) -> Quantized:
+        """Return some rows of the quantized weight."""
+        q = self.quantized
+        zero = None if q.zero is None else q.zero[rows]
+        return Quantized(q.codes[rows], q.scale[rows], zero, q.low, q.bits)
+
+    def dequantize(self) -> Tensor:
+        """Return the weight [rows, columns] in its own column order."""
+        weight = self.quantized.dequantize()
+        return weight if self.perm is None else weight[:, torch.argsort(self.perm)]
+
+
+def add_batch(hessian: Hessian, x: Tensor) -> None:
+    """Take a batch of inputs into the mean, in place (authors' ``add_batch``).
+
+    Args:
+        x: [sequences, tokens, in], or [tokens, in] for one sequence; counted by sequences, not by tokens.
+    """
+    new = 1 if x.ndim == 2 else x.shape[0]
+    flat = x.reshape(-1, x.shape[-1]).float()
+    total = hessian.sequences + new
+    hessian.matrix.addmm_(flat.T, flat, beta=hessian.sequences / total, alpha=2 / total)
+    hessian.sequences = total
+    hessian.tokens += flat.shape[0]
+
+
+def observe_hessians(step: BlockStep, names: Iterable[str]) -> list[tuple[list[str], Hessian]]:
+    """Run the block once and return the Hessian of every layer's inputs, shared where layers read one tensor.
+
+    Returns:
+        Pairs of layer names and their Hessian, in the order of ``names``; a layer that no token reached (an
+        expert) has one with ``tokens`` 0.
+    """
+    hessians: dict[str, Hessian] = {}
+    leaders: dict[str, str] = {}
+    latest: tuple[Tensor, str] | None = None
+
+    def observer(name: str) -> Observer:
+        def observe(x: Tensor) -> None:
+            nonlocal latest
+            leader = latest[1] if latest is not None and _same_tensor(latest[0], x) else name
+            if leaders.setdefault(name, leader) != leader:
+                raise RuntimeError(f"{step.name}.{name} shares its input with others in some batches only")
+            if leader == name:
+                latest = (x, name)
+                if name not in hessians:
+                    hessians[name] = Hessian(x.new_zeros(x.shape[-1], x.shape[-1], dtype=torch.float32))
+                add_batch(hessians[name], x)
+
+        return observe
+
+    names = list(names)
+    step.forward({name: observer(name) for name in names})
+    shared: dict[str, list[str]] = {}
+    for name in names:
+        shared.setdefault(leaders.get(name, name), []).append(name)
+    for leader in shared.keys() - hessians.keys():
+        width = step.block.get_submodule(leader).in_features
+        hessians[leader] = Hessian(torch.zeros(int(width), int(width)))  # type: ignore[arg-type]
+    return [(group, hessians[leader]) for leader, group in shared.items()]
+
+
+def _same_tensor(a: Tensor, b: Tensor) -> bool:
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a._version == b._version
+
+
+def inverse_factor(hessian: Tensor, percdamp: float, name: str = "the layer") -> tuple[Tensor, float]:
+    """Return ``U``, upper triangular with ``U^T U = (H + damping)^-1``, and the damping that was needed.
+
+    With ``J`` the reversal of rows, ``J H J = L L^T`` gives ``U = (J L J)^-1``: one factorization and no
+    inverse of ``H``, the same ``U`` as the authors' Cholesky factor of the inverse. Damping is raised
+    tenfold, up to 1, while the factorization fails.
+
+    Args:
+        hessian: fp32 [n, n], symmetric, with a positive diagonal.
+        percdamp: damping as a share of the mean of the diagonal.
+
+    Raises:
+        DivergedError: NaN or infinity in ``hessian``, or no damping up to the mean of the diagonal helps.
+    """
+    if not bool(torch.isfinite(hessian).all()):
+        raise DivergedError(f"calibration activations that enter {name} hold NaN or infinity")
+    mean = hessian.diagonal().mean()
+    damping = percdamp
+    while True:
+        reversed_ = hessian.flip(0, 1)
+        reversed_.diagonal().add_(damping * mean)
+        lower, failed = torch.linalg.cholesky_ex(reversed_)
+        if not int(failed):
+            eye = torch.eye(lower.shape[0], dtype=lower.dtype, device=lower.device)
+            return torch.linalg.solve_triangular(lower, eye, upper=False).flip(0, 1), damping
+        if damping >= 1:
+            raise DivergedError(
+                f"the Hessian of {name} is not positive definite, even damped by its mean diagonal",
+                "Calibrate with more or other inputs.",
+            )
+        damping = min(1.0, 10 * damping)
+
+
+def gptq(
+    weight: Tensor,
+    hessian: Tensor,
+    *,
+    bits: int,
+    group_size: int = -1,
+    symmetric: bool = False,
+    mse: bool = False,
+    percdamp: float = 0.01,
+    blocksize: int = 128,
+    act_order: bool = False,
+    static_groups: bool = False,
+    name: str = "the weight",
+) -> Rounded:
+    """Quantize one weight (the authors' ``fasterquant``; algorithm 1 of the paper).
+
+    A group's grid is found from the columns as the blocks before have left them, without the updates of the
+    current block: with groups narrower than ``blocksize`` that is what the authors' code does. Columns whose
+    input was always zero become exactly zero. A Hessian without any input gives plain rounding.
+
+    Args:
+        weight: fp32 [rows, columns].
+        hessian: fp32 [columns, columns], of any positive factor.
+
+    Raises:
+        NotApplicableError: ``columns`` is no multiple of ``group_size``.
+        DivergedError: ``weight`` or ``hessian`` is not finite, or the Hessian cannot be factored.
+    """
+    columns = weight.shape[1]
+    size = columns if group_size == -1 else group_size
+
+    def grid_of(columns_of_group: Tensor) -> UniformGrid:
+        if mse:
+            return find_grid_by_mse(columns_of_group, bits, symmetric=symmetric)
+        return find_grid(columns_of_group, bits, "gptq", symmetric=symmetric)
+
+    grouped = groups_of(weight, group_size, name)
+    if not bool(torch.isfinite(weight).all()):
+        raise DivergedError(f"{name} holds NaN or infinity and cannot be quantized")
+    diagonal = hessian.diagonal()
+    dead = diagonal == 0
+    if bool(dead.all()):
+        return Rounded(on_grid(grouped, grid_of(grouped), bits, name), None, 0.0, percdamp)
+
+    fixed: list[UniformGrid] = []
+    if group_size == -1:
+        fixed = [_columnwise(grid_of(weight))]
+    weight = weight.masked_fill(dead, 0.0)
+    hessian = hessian + torch.diag(dead.to(hessian.dtype))
+    if static_groups:
+        fixed = [_columnwise(grid_of(weight[:, start : start + size])) for start in range(0, columns, size)]
+    order = torch.arange(columns, device=weight.device)
+    if act_order:
+        order = torch.argsort(hessian.diagonal(), descending=True)
+        weight, hessian = weight[:, order], hessian[order][:, order]
+    upper, damping = inverse_factor(hessian, percdamp, name)
+
+    # One column of the weight is one contiguous row here, and every step works on whole columns.
+    outer = weight.T.contiguous()
+    codes = torch.empty_like(outer)
+    groups_of_columns = (order // size).tolist()
+    pivots = upper.diagonal().tolist()
+    found: list[UniformGrid] = []
+    loss = 0.0
+    for start in range(0, columns, blocksize):
+        stop = min(start + blocksize, columns)
+        block = outer[start:stop].clone()
+        errors = torch.empty_like(block)
+        for left in range(start, stop, _PANEL):
+            right = min(left + _PANEL, stop)
+            for j in range(left, right):
+                if fixed:
+                    levels = fixed[groups_of_columns[j]]
+                else:
+                    if j % size == 0:
+                        found.append(_columnwise(grid_of(outer[j : j + size].T)))
+                    levels = found[-1]
+                column = block[j - start]
+                levels_codes = levels.encode(column)
+                codes[j] = levels_codes
+                error = errors[j - start]
+                torch.sub(column, levels.decode(levels_codes), out=error)
+                error.div_(pivots[j])
+                block[j + 1 - start : right - start].addr_(upper[j, j + 1 : right], error, alpha=-1)
+            block[right - start :].addmm_(
+                upper[left:right, right:stop].T, errors[left - start : right - start], alpha=-1
+            )
+        outer[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
+        loss += float(errors.square().sum()) / 2
+    grids = fixed or found
+    by_column = codes.T
+    perm: Tensor | None = order if act_order else None
+    if perm is not None and fixed:
+        by_column, perm = by_column[:, torch.argsort(perm)], None
+    quantized = Quantized(
+        by_column.to(torch.int16).contiguous(),
+        torch.stack([g.scale for g in grids], 1),
+        None if grids[0].zero is None else torch.stack([g.zero for g in grids if g.zero is not None], 1),
+        grids[0].low,
+        bits,
+    )
+    return Rounded(quantized, perm, loss, damping)
+
+
+def _columnwise(grid: UniformGrid) -> UniformGrid:
+    """Return a grid of [rows, 1] as one that broadcasts over a column [rows]."""
+    zero = None if grid.zero is None else grid.zero.squeeze(-1)
+    return UniformGrid(grid.scale.squeeze(-1), zero, grid.low, grid.high)
+
+
+class _Report:
+    """What a reader of the result should know about the calibration."""
+
+    def __init__(self, percdamp: float) -> None:
+        self.percdamp = percdamp
+        self.loss = 0.0
+        self.short: list[tuple[int, int]] = []
+        self.unseen: list[str] = []
+        self.damped: dict[str, float] = {}
+
+    def add(self, names: list[str], hessian: Hessian, rounded: Rounded) -> None:
+        width = hessian.matrix.shape[0]
+        self.loss += rounded.loss
+        if not hessian.tokens:
+            self.unseen += names
+        elif hessian.tokens < TOKENS_PER_COLUMN * width:
+            self.short += [(hessian.tokens, width)] * len(names)
+        if rounded.damping > self.percdamp:
+            self.damped |= dict.fromkeys(names, rounded.damping)
+
+    def tell(self, ctx: Context) -> None:
+        if self.short:
+            tokens, width = min(self.short, key=lambda pair: pair[0] / pair[1])
+            ctx.warn(
+                f"calibration is short for {len(self.short)} layers (worst: {tokens} tokens for {width} "
+                f"inputs; {TOKENS_PER_COLUMN} per input are advisable): it may be fitted to them alone"
+            )
+        if self.unseen:
+            ctx.warn(
+                f"no calibration token reached {len(self.unseen)} layers, which are rounded to nearest "
+                f"(first: {self.unseen[0]})"
+            )
+        if self.damped:
+            name, damping = next(iter(self.damped.items()))
+            ctx.warn(
+                f"{len(self.damped)} layers needed more damping than {self.percdamp:g} "
+                f"(first: {name}, {damping:g})"
+            )

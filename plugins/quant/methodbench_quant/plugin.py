@@ -1,0 +1,47 @@
+"""Entries of the quant plugin: language models and their tasks, quantizers of language models and of ViTs."""
+
+from __future__ import annotations
+
+from methodbench.entries import Family, Method, Model, Task
+from methodbench.hookspecs import hookimpl
+
+from methodbench_quant.llm.entries import METHODS as LLM_METHODS
+from methodbench_quant.models.entries import MODELS, model_named
+from methodbench_quant.tasks.entries import TASKS, task_named
+from methodbench_quant.vit.entries import METHODS as VIT_METHODS
+
+
+@hookimpl
+def methodbench_families() -> list[Family]:
+    return [
+        Family(
+            name="quant",
+            title="Quantization",
+            summary="Fewer bits per weight or activation, without training or with little of it.",
+        )
+    ]
+
+
+@hookimpl
+def methodbench_methods() -> list[Method]:
+    return [*LLM_METHODS, *VIT_METHODS]
+
+
+@hookimpl
+def methodbench_models() -> list[Model]:
+    return MODELS
+
+
+@hookimpl
+def methodbench_tasks() -> list[Task]:
+    return TASKS
+
+
+@hookimpl
+def methodbench_model_named(name: str) -> Model | None:
+    return model_named(name)
+
+
+@hookimpl
+def methodbench_task_named(name: str) -> Task | None:
+    return task_named(name)

@@ -1,0 +1,7 @@
+"""Quantizers of vision transformers."""
+
+from __future__ import annotations
+
+from methodbench.entries import Method
+
+METHODS: list[Method] = []

@@ -1,0 +1,111 @@
+"""Entries of the sparse family: pruned weights and sparse activations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from methodbench.entries import Family, Method, Paper
+from methodbench.hookspecs import hookimpl
+
+_WANDA_CODE = "locuslab/wanda@8e8fc87b4a2f9955baa7e76e64d5fce7fa8724a6"
+
+_PRUNING_PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "s30": {"sparsity": 0.3},
+    "s50": {"sparsity": 0.5},
+    "s70": {"sparsity": 0.7},
+    "s50-2of4": {"sparsity": 0.5, "pattern": "2:4"},
+    "s50-4of8": {"sparsity": 0.5, "pattern": "4:8"},
+}
+
+
+@hookimpl
+def methodbench_families() -> list[Family]:
+    return [
+        Family(
+            name="sparse",
+            title="Sparsity",
+            summary="Weights and activations set to zero: what a model does with a part of its products.",
+        )
+    ]
+
+
+@hookimpl
+def methodbench_methods() -> list[Method]:
+    return [
+        Method(
+            name="magnitude",
+            kind="compressor",
+            family="sparse",
+            impl="methodbench_sparse.magnitude:Magnitude",
+            summary="Zeroes the weights of smallest absolute value, without data.",
+            applies_to=("causal-lm", "vit", "cnn", "sentence-encoder"),
+            paper=Paper(
+                title="Learning both Weights and Connections for Efficient Neural Networks",
+                arxiv="1506.02626",
+                venue="NIPS",
+                year=2015,
+                authors="Song Han and Jeff Pool and John Tran and William J. Dally",
+            ),
+            presets={
+                **_PRUNING_PRESETS,
+                "s50-rows": {"sparsity": 0.5, "scope": "per-row"},
+                "s50-global": {"sparsity": 0.5, "scope": "global"},
+            },
+            fidelity="reimplementation",
+            parity=_WANDA_CODE,
+            properties=("deterministic", "identity-at:sparsity=0"),
+        ),
+        Method(
+            name="wanda",
+            kind="compressor",
+            family="sparse",
+            impl="methodbench_sparse.wanda:Wanda",
+            summary="Zeroes, in every row, the weights of lowest magnitude times input norm.",
+            applies_to=("causal-lm", "vit"),
+            paper=Paper(
+                title="A Simple and Effective Pruning Approach for Large Language Models",
+                arxiv="2306.11695",
+                venue="ICLR",
+                year=2024,
+                authors="Mingjie Sun and Zhuang Liu and Anna Bair and J. Zico Kolter",
+                code="locuslab/wanda",
+            ),
+            needs=("calibration",),
+            presets={**_PRUNING_PRESETS, "s50-variant": {"sparsity": 0.5, "use_variant": True}},
+            fidelity="authors-code",
+            parity=_WANDA_CODE,
+            properties=("deterministic", "identity-at:sparsity=0"),
+        ),
+        Method(
+            name="wina",
+            kind="compressor",
+            family="sparse",
+            impl="methodbench_sparse.wina:WINA",
+            summary="Zeroes, token by token, the inputs of lowest magnitude times column norm.",
+            applies_to=("causal-lm",),
+            paper=Paper(
+                title="WINA: Weight Informed Neuron Activation for Accelerating"
+                " Large Language Model Inference",
+                arxiv="2505.19427",
+                year=2025,
+                authors="Sihan Chen and Dan Zhao and Jongwoo Ko and Colby Banbury and Huiping Zhuang"
+                " and Luming Liang and Tianyi Chen",
+                code="microsoft/wina",
+            ),
+            needs=("calibration",),
+            presets={
+                "s25": {"sparsity": 0.25},
+                "s40": {"sparsity": 0.4},
+                "s50": {"sparsity": 0.5},
+                "s65": {"sparsity": 0.65},
+                "s50-paper": {"sparsity": 0.5, "columns": "paper", "subtract_embed_mean": False},
+                "s50-plain": {"sparsity": 0.5, "transform": False},
+                "s50-threshold": {"sparsity": 0.5, "mask_by": "threshold"},
+            },
+            fidelity="authors-code",
+            parity="microsoft/wina@8153dbf72ab4a05b0dc2032018c09d3256cf4541",
+            properties=("deterministic",),
+            positions="last-99%",
+        ),
+    ]

@@ -1,0 +1,258 @@
+"""What all class activation maps share: a layer's feature maps, their gradients, and the way to a picture-sized map.
+
+A method reads :func:`features` of one or several layers, reduces each to a raw map [B, h, w], and hands the
+raw maps to :func:`saliency`. The pipeline is that of pytorch-grad-cam 1.5.7, over a whole batch at once:
+ReLU, min-max, bilinear resize, mean over layers, min-max again.
+
+Only the layers behind the first one that is read are differentiated: the forward pass before it builds no
+graph.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from methodbench.errors import NotApplicableError, ParameterError
+from methodbench.torchkit.model import LoadedModel
+
+#: Keeps a constant map from dividing by zero.
+EPSILON = 1e-7
+
+_POOLS = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.AvgPool2d, nn.MaxPool2d)
+
+
+class Features(NamedTuple):
+    """Feature maps of one layer, float32 [B, C, h, w], and the gradient of the class scores with respect to them."""
+
+    activation: Tensor
+    gradient: Tensor
+
+
+def features(
+    model: LoadedModel,
+    x: Tensor,
+    target: Tensor,
+    *,
+    layer: str | tuple[str, ...] = "",
+    prefix_tokens: int | None = None,
+) -> list[Features]:
+    """Return A and G = d score / dA of each layer, for a batch in one forward and one partial backward pass.
+
+    The score is the raw logit of the target class, summed over the batch: images do not interact in eval
+    mode.
+
+    Args:
+        model: a classifier in eval mode that returns logits [B, K].
+        x: normalized images [B, C, H, W].
+        target: int64 [B], class of each image.
+        layer: dotted names, see :func:`layer_names`.
+        prefix_tokens: see :func:`spatial`.
+
+    Raises:
+        ParameterError: a layer does not exist, or a target is not one of the classes.
+        NotApplicableError: a layer has no feature maps, or the score does not depend on it.
+    """
+    names = layer_names(model, x, layer)
+    with recorded(model.module, names, gradients=True) as held:
+        logits = model.module(x)
+    _check_targets(logits, target, len(x))
+    activations = [_called(held, name) for name in names]
+    score = logits.gather(1, target[:, None]).sum()
+    gradients: Sequence[Tensor | None] = [None] * len(names)
+    if score.requires_grad:
+        gradients = torch.autograd.grad(score, activations, allow_unused=True)
+    return [
+        Features(
+            spatial(model.module, name, activation.detach(), prefix_tokens),
+            spatial(model.module, name, _connected(name, gradient), prefix_tokens),
+        )
+        for name, activation, gradient in zip(names, activations, gradients, strict=True)
+    ]
+
+
+def activations(
+    model: LoadedModel, x: Tensor, *, layer: str | tuple[str, ...] = "", prefix_tokens: int | None = None
+) -> list[Tensor]:
+    """Return the feature maps [B, C, h, w] of each layer for images ``x`` [B, C, H, W], without any gradient.
+
+    Raises:
+        ParameterError: a layer does not exist.
+        NotApplicableError: a layer has no feature maps.
+    """
+    names = layer_names(model, x, layer)
+    with recorded(model.module, names, gradients=False) as held:
+        model.module(x)
+    return [spatial(model.module, name, _called(held, name), prefix_tokens) for name in names]
+
+
+def saliency(raw: Sequence[Tensor], size: tuple[int, int], *, rectify: bool = True) -> Tensor:
+    """Turn raw maps [B, h, w], one per layer, into one map [B, H, W] in [0, 1] per image.
+
+    Each layer's map loses its negative part (unless ``rectify`` is False), is scaled to [0, 1] and resized to
+    ``size`` (height, width) with half-pixel bilinear interpolation; the mean over layers is scaled once more.
+    A map that is constant becomes zero everywhere.
+    """
+    layers = []
+    for maps in raw:
+        scaled = min_max(maps.clamp_min(0) if rectify else maps)
+        layers.append(F.interpolate(scaled[:, None], size=size, mode="bilinear", align_corners=False)[:, 0])
+    return min_max(torch.stack(layers).mean(0))
+
+
+def min_max(maps: Tensor) -> Tensor:
+    """Scale each map of [B, h, w] to [0, 1]; constant maps become zero."""
+    maps = maps - maps.amin((1, 2), keepdim=True)
+    return maps / (EPSILON + maps.amax((1, 2), keepdim=True))
+
+
+def layer_names(model: LoadedModel, x: Tensor, layer: str | tuple[str, ...] = "") -> list[str]:
+    """Return the dotted names of the layers to read.
+
+    Without a name: in a transformer the norm before the last attention, behind which every patch still has a
+    path to the score; in a convolutional network the layer that feeds the pooling, found by passing on one
+    image.
+
+    Raises:
+        ParameterError: a name that the model does not have.
+        NotApplicableError: no such layer is there.
+    """
+    if layer:
+        names = [layer] if isinstance(layer, str) else list(layer)
+        known = {name for name, _ in model.module.named_modules() if name}
+        for name in names:
+            if name not in known:
+                raise ParameterError(
+                    f"{model.name} has no layer {name!r}",
+                    f"Its outermost layers: {', '.join(name for name, _ in model.module.named_children())}",
+                )
+        return names
+    layout = model.adapter.layout
+    if layout is not None and layout.attention_norm:
+        return [f"{model.adapter.block_names(model.module)[-1]}.{layout.attention_norm}"]
+    return [_pooled_layer(model, x[:1])]
+
+
+@contextmanager
+def recorded(module: nn.Module, names: Sequence[str], *, gradients: bool) -> Iterator[dict[str, Tensor]]:
+    """Keep the outputs of submodules during the forward passes inside the ``with`` block, by name.
+
+    The model goes on with a copy of each output, so that an in-place activation behind a layer does not reach
+    what is kept. With ``gradients`` the graph begins at the first of the layers that runs; of a module that
+    runs several times the last output is kept. Gradient mode and hooks are as before when the block ends,
+    whatever happens in it.
+    """
+    held: dict[str, Tensor] = {}
+
+    def keep(name: str, output: object) -> Tensor:
+        if not isinstance(output, Tensor) or output.ndim not in (3, 4):
+            shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            raise NotApplicableError(
+                f"layer {name!r} returns {shape}, not feature maps",
+                "Choose a layer with an output [B, C, h, w] or [B, tokens, C].",
+            )
+        if gradients:
+            torch.set_grad_enabled(True)
+            held[name] = output if output.requires_grad else output.detach().requires_grad_()
+        else:
+            held[name] = output
+        return held[name].clone()
+
+    handles = [
+        module.get_submodule(name).register_forward_hook(
+            lambda _module, _args, output, name=name: keep(name, output)
+        )
+        for name in dict.fromkeys(names)
+    ]
+    try:
+        with torch.no_grad():
+            yield held
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def spatial(module: nn.Module, name: str, values: Tensor, prefix_tokens: int | None = None) -> Tensor:
+    """Return a layer's output as float32 maps [B, C, h, w].
+
+    Tokens [B, prefix + h w, C] lose their ``prefix_tokens`` leading ones (by default as many as the model
+    says, as timm's do) and are laid out on the grid of the patch embedding, or on a square.
+
+    Raises:
+        NotApplicableError: the tokens fill no grid.
+    """
+    values = values.float()
+    if values.ndim == 4:
+        return values
+    prefix = int(getattr(module, "num_prefix_tokens", 0)) if prefix_tokens is None else prefix_tokens
+    patches = values[:, prefix:]
+    count = patches.shape[1]
+    side = math.isqrt(max(count, 0))
+    grid = getattr(getattr(module, "patch_embed", None), "grid_size", None) or (side, side)
+    if count == 0 or grid[0] * grid[1] != count:
+        raise NotApplicableError(
+            f"the {values.shape[1]} tokens of layer {name!r}, less {prefix} in front, do not fill a grid",
+            "Set prefix_tokens to the number of class, distillation and register tokens.",
+        )
+    return patches.transpose(1, 2).unflatten(2, tuple(grid))
+
+
+def _pooled_layer(model: LoadedModel, x: Tensor) -> str:
+    """Return the name of the last module that returns maps [B, C, h, w] of more than one pixel and pools nothing."""
+    last = ""
+
+    def note(name: str, output: object) -> None:
+        nonlocal last
+        if isinstance(output, Tensor) and output.ndim == 4 and output.shape[2] * output.shape[3] > 1:
+            last = name
+
+    handles = [
+        layer.register_forward_hook(lambda _module, _args, output, name=name: note(name, output))
+        for name, layer in model.module.named_modules()
+        if name and not isinstance(layer, _POOLS)
+    ]
+    try:
+        with torch.no_grad():
+            model.module(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not last:
+        raise NotApplicableError(
+            f"{model.name} has no layer with feature maps",
+            "Name one with the parameter `layer`, if there is one.",
+        )
+    return last
+
+
+def _check_targets(logits: Tensor, target: Tensor, images: int) -> None:
+    if logits.ndim != 2 or len(logits) != images:
+        raise NotApplicableError(
+            f"the model returns {tuple(logits.shape)} for {images} images, not logits [B, K]"
+        )
+    if target.shape != (images,) or bool(((target < 0) | (target >= logits.shape[1])).any()):
+        raise ParameterError(
+            f"targets must be {images} classes in 0..{logits.shape[1] - 1}, got {target.tolist()}",
+            "Pass one class index per image.",
+        )
+
+
+def _called(held: dict[str, Tensor], name: str) -> Tensor:
+    if name not in held:
+        raise NotApplicableError(f"the model does not run its layer {name!r}", "Choose a layer that it runs.")
+    return held[name]
+
+
+def _connected(name: str, gradient: Tensor | None) -> Tensor:
+    if gradient is None:
+        raise NotApplicableError(
+            f"the class score does not depend on layer {name!r}",
+            "Choose a layer between the image and the logits.",
+        )
+    return gradient

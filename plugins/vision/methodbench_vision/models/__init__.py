@@ -1,0 +1,1 @@
+"""Image models: what loads or trains each of them."""

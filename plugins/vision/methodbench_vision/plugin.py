@@ -1,0 +1,41 @@
+"""Entries of the vision plugin: image models, image accuracy, explainers and their tasks."""
+
+from __future__ import annotations
+
+from methodbench.entries import Family, Method, Model, Task
+from methodbench.hookspecs import hookimpl
+from methodbench_vision.methods import METHODS
+from methodbench_vision.models.entries import MODELS, model_named
+from methodbench_vision.tasks.entries import TASKS as ACCURACY_TASKS
+from methodbench_vision.tasks.explainer_entries import TASKS as EXPLAINER_TASKS
+
+
+@hookimpl
+def methodbench_families() -> list[Family]:
+    return [
+        Family(
+            name="vision",
+            title="Vision",
+            summary="Saliency maps of image classifiers: where a network looks, and how faithful the map is to it.",
+        )
+    ]
+
+
+@hookimpl
+def methodbench_methods() -> list[Method]:
+    return METHODS
+
+
+@hookimpl
+def methodbench_models() -> list[Model]:
+    return MODELS
+
+
+@hookimpl
+def methodbench_tasks() -> list[Task]:
+    return [*ACCURACY_TASKS, *EXPLAINER_TASKS]
+
+
+@hookimpl
+def methodbench_model_named(name: str) -> Model | None:
+    return model_named(name)

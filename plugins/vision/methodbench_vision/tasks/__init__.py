@@ -1,0 +1,1 @@
+"""Image tasks and the pictures that they use."""

@@ -1,0 +1,62 @@
+"""What tasks of explainers share: asking for maps, timing it, and not trusting what comes back."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import Tensor
+
+from methodbench.context import Context
+from methodbench.errors import DivergedError, MethodbenchError, NotApplicableError
+from methodbench.protocols import Explainer
+from methodbench.torchkit.model import LoadedModel, Preprocess
+
+_TOLERANCE = 1e-4
+
+
+def preprocess_of(model: LoadedModel) -> Preprocess:
+    """Return how pictures become inputs of ``model``.
+
+    Raises:
+        NotApplicableError: the model does not say.
+    """
+    if model.preprocess is None:
+        raise NotApplicableError(
+            f"{model.name} does not say how pictures become its inputs", "Its loader must set `preprocess`."
+        )
+    return model.preprocess
+
+
+def on_device(inputs: Tensor, ctx: Context) -> Tensor:
+    """Move inputs to the cell's device and precision."""
+    return inputs.to(ctx.device, getattr(torch, ctx.dtype))
+
+
+def timed_maps(method: Explainer, model: LoadedModel, x: Tensor, target: Tensor) -> tuple[Tensor, float]:
+    """Return the maps [B, H, W] of images ``x`` [B, C, H, W] for classes ``target`` [B], and the seconds it took.
+
+    Raises:
+        DivergedError: a value is not finite.
+        MethodbenchError: the maps have another shape, or leave [0, 1].
+    """
+    began = time.perf_counter()
+    maps = method.explain(model, x, target)
+    if maps.is_cuda:
+        torch.cuda.synchronize(maps.device)
+    seconds = time.perf_counter() - began
+    name = type(method).__name__
+    expected = (x.shape[0], *x.shape[2:])
+    if tuple(maps.shape) != expected:
+        raise MethodbenchError(
+            f"{name}.explain returned maps of shape {tuple(maps.shape)} instead of {expected}",
+            "An explainer returns one map per image, as large as the image.",
+        )
+    if not bool(maps.isfinite().all()):
+        raise DivergedError(f"{name}.explain returned values that are not finite")
+    low, high = float(maps.min()), float(maps.max())
+    if low < -_TOLERANCE or high > 1 + _TOLERANCE:
+        raise MethodbenchError(
+            f"{name}.explain returned values from {low:.3g} to {high:.3g}", "Maps must lie in [0, 1]."
+        )
+    return maps, seconds

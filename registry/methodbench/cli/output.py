@@ -1,0 +1,124 @@
+"""What the commands share: options, the catalogue, tables, numbers."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from methodbench.catalog import Catalog
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def db_option(function: F) -> F:
+    """``--db``: the result database."""
+    return click.option(
+        "--db",
+        metavar="PATH|URL",
+        envvar="METHODBENCH_DB",
+        help="Result database: an SQLite file or an SQLAlchemy URL.  [default: methodbench.db]",
+    )(function)
+
+
+def json_option(function: F) -> F:
+    """``--json``: answers for machines."""
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(function)
+
+
+def get_catalog() -> Catalog:
+    """Load the catalogue; plugins that were left out are named on standard error."""
+    from methodbench.catalog import load_catalog
+
+    root = click.get_current_context().find_root()
+    catalog = load_catalog(without=(root.obj or {}).get("without", ()))
+    for problem in catalog.problems:
+        click.secho(f"Plugin {problem.plugin}: {problem.error} (left out; see `methodbench doctor`)", fg="yellow", err=True)
+    return catalog
+
+
+def echo_json(value: Any) -> None:
+    """Print ``value`` as JSON; infinities and NaN become strings, which JSON has room for."""
+    click.echo(json.dumps(_finite(value), indent=2, default=str))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value
+
+
+def table(headers: Sequence[str], rows: Iterable[Sequence[str]], *, right: Iterable[str] = ()) -> None:
+    """Print aligned columns; on a terminal the last column is cut to the width that is left.
+
+    Args:
+        right: headers of columns to align at the right, for numbers.
+    """
+    body = [list(row) for row in rows]
+    aligned_right = {index for index, header in enumerate(headers) if header in set(right)}
+    widths = [max([len(header), *(len(row[index]) for row in body)]) for index, header in enumerate(headers)]
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
+
+    def line(cells: Sequence[str]) -> str:
+        padded = [
+            cell.rjust(widths[index]) if index in aligned_right else cell.ljust(widths[index])
+            for index, cell in enumerate(cells)
+        ]
+        text = "  ".join(padded).rstrip()
+        return text if not width or len(text) <= width else text[: width - 1] + "…"
+
+    click.echo(click.style(line(headers), dim=True))
+    for row in body:
+        click.echo(line(row))
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """Write a number with four significant digits; a dash where there is none."""
+    if value is None:
+        return "–"
+    if not math.isfinite(value):
+        return str(value)
+    if value == 0:
+        return "0"
+    if 1e-3 <= abs(value) < 1e5:
+        decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+        return f"{value:.{decimals}f}"
+    return f"{value:.{digits - 1}e}"
+
+
+def interval(low: float | None, high: float | None) -> str:
+    """Write an interval, or nothing where there is none."""
+    return "" if low is None or high is None else f"[{number(low)}, {number(high)}]"
+
+
+def duration(seconds: float) -> str:
+    """Write a time span in the two units that matter."""
+    if seconds < 1:
+        return f"{seconds * 1000:.0f} ms"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def size(count: float | None) -> str:
+    """Write a count of bytes in binary units."""
+    if count is None:
+        return "–"
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"

@@ -1,0 +1,146 @@
+"""``status``, ``results`` and ``compare``: what the database says."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+
+import click
+
+from methodbench.cli.output import db_option, echo_json, get_catalog, interval, json_option, number, table
+
+
+@click.command()
+@click.argument("suites", nargs=-1)
+@db_option
+@json_option
+def status(suites: tuple[str, ...], db: str | None, as_json: bool) -> None:
+    """Count runs by status, or the cells of SUITES that are done, failed and missing."""
+    from methodbench.store import open_store
+
+    with open_store(db, create=False) as store:
+        if suites:
+            from methodbench import api
+
+            plan = api.plan(list(suites), catalog=get_catalog())
+            latest = store.latest(cell.key for cell in plan.cells)
+            counts = Counter(latest[cell.key].status if cell.key in latest else "missing" for cell in plan.cells)
+            if plan.skips:
+                counts["skipped"] = len(plan.skips)
+            groups = {plan.suite: counts}
+        else:
+            groups = {}
+            for row in store.runs():
+                groups.setdefault(row.suite, Counter())[row.status] += 1
+        url = store.url
+    if as_json:
+        echo_json({"database": url, "suites": {name: dict(counts) for name, counts in groups.items()}})
+        return
+    columns = sorted({name for counts in groups.values() for name in counts}, key=lambda name: (name != "ok", name))
+    rows = [(name or "–", *(str(counts[column]) for column in columns)) for name, counts in groups.items()]
+    table(("suite", *columns), rows, right=columns)
+
+
+@click.command()
+@click.option("--method", help="Only this method.")
+@click.option("--model", help="Only this model.")
+@click.option("--task", help="Only this task.")
+@click.option("--suite", help="Only runs that this suite made.")
+@click.option("--metric", help="This metric instead of the primary one.")
+@click.option("--failed", is_flag=True, help="Only runs that are not ok, with the reason.")
+@db_option
+@json_option
+def results(
+    method: str | None,
+    model: str | None,
+    task: str | None,
+    suite: str | None,
+    metric: str | None,
+    failed: bool,
+    db: str | None,
+    as_json: bool,
+) -> None:
+    """Print results with their 95 % intervals, newest last; `methodbench show RUN` shows one in full."""
+    import polars as pl
+
+    from methodbench import api
+    from methodbench.errors import UnknownNameError
+
+    frame = api.results(db)
+    for column, wanted in (("method", method), ("model", model), ("task", task), ("suite", suite)):
+        if wanted is not None:
+            known = [name for name in frame[column].unique() if name]
+            if wanted not in known:
+                raise UnknownNameError(f"{column} with results", wanted, known)
+            frame = frame.filter(pl.col(column) == wanted)
+    bad = ~pl.col("status").is_in(["ok"])
+    if failed:
+        frame = frame.filter(bad)
+    elif metric is not None:
+        if metric not in frame["metric"].unique():
+            raise UnknownNameError("metric with results", metric, [name for name in frame["metric"].unique() if name])
+        frame = frame.filter(pl.col("metric") == metric)
+    elif not as_json:
+        frame = frame.filter(pl.col("primary").fill_null(False) | bad)
+    if as_json:
+        echo_json(frame.to_dicts())
+        return
+    if frame.is_empty():
+        click.echo("No run failed." if failed else "No results match.")
+        return
+    rows = []
+    for row in frame.iter_rows(named=True):
+        good = row["metric"] is not None
+        rows.append(
+            (
+                row["run"],
+                f"{row['method']} {row['variant']}".strip(),
+                row["model"] or "–",
+                row["task"],
+                str(row["seed"]),
+                row["metric"] or row["status"],
+                number(row["value"]) if good else "",
+                interval(row["low"], row["high"]) if good else row["reason"],
+            )
+        )
+    table(("run", "method", "model", "task", "seed", "metric", "value", "95 % interval"), rows, right=("value", "seed"))
+
+
+@click.command()
+@click.argument("a", metavar="METHOD[@VARIANT]")
+@click.argument("b", metavar="METHOD[@VARIANT]")
+@db_option
+@json_option
+def compare(a: str, b: str, db: str | None, as_json: bool) -> None:
+    """Compare two methods on the cells that both share: paired difference, interval, p-value, win or loss of the first."""
+    from methodbench import api
+
+    found = api.compare(a, b, db=db)
+    if as_json:
+        echo_json([dataclasses.asdict(row) for row in found])
+        return
+    rows = []
+    for row in found:
+        settings = row.variant_a if row.variant_a == row.variant_b else f"{row.variant_a or '–'} / {row.variant_b or '–'}"
+        rows.append(
+            (
+                row.verdict,
+                row.model or "–",
+                row.task,
+                settings or "–",
+                row.metric,
+                number(row.value_a),
+                number(row.value_b),
+                number(row.difference),
+                interval(row.low, row.high),
+                f"{row.p_value:.3f}",
+                f"{row.units} × {row.seeds}",
+            )
+        )
+    first, second = a.partition("@")[0], b.partition("@")[0]
+    if first == second:
+        first, second = a, b
+    headers = (first, "model", "task", "settings", "metric", f"{first} ", f"{second} ", "difference", "95 % interval", "p", "units × seeds")
+    table(headers, rows, right=(f"{first} ", f"{second} ", "difference", "p"))
+    counts = Counter(row.verdict for row in found)
+    click.echo(f"\n{first}: {counts['win']} wins, {counts['tie']} ties, {counts['loss']} losses against {second}.")

@@ -1,0 +1,386 @@
+"""The driver: runs a plan through an executor and is the only one that writes records."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import tempfile
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from methodbench import __version__, sources
+from methodbench.engine.cell import Cell, Job, group_jobs
+from methodbench.engine.executors import CellOutcome, Executor, LocalExecutor
+from methodbench.entries import Method, Model
+from methodbench.errors import MethodbenchError, UnknownNameError
+from methodbench.provenance import environment
+from methodbench.store import Environment, MetricValue, Run, Series, Store
+
+if TYPE_CHECKING:
+    from methodbench.catalog import Catalog
+    from methodbench.engine.plan import Plan
+
+
+class Reporter(Protocol):
+    """Shows a person what goes on; every call is cheap and none may raise."""
+
+    def begin(self, plan: Plan, todo: Sequence[Cell], done: Mapping[str, Run]) -> None:
+        """The plan is known, and what of it is done already."""
+
+    def fetching(self, model: Model, received: int, total: int | None) -> None:
+        """Bytes of a download; ``total`` is None when it is not known."""
+
+    def left_out(self, cells: Sequence[Cell], reason: str) -> None:
+        """These cells cannot be run here and are not recorded."""
+
+    def started(self, label: str) -> None:
+        """A worker began."""
+
+    def phase(self, label: str, phase: str) -> None:
+        """A worker entered a phase."""
+
+    def finished(self, cell: Cell, run: Run, metrics: Sequence[MetricValue]) -> None:
+        """A cell has its record."""
+
+    def end(self) -> None:
+        """Nothing more follows."""
+
+
+class SilentReporter:
+    """Shows nothing."""
+
+    def begin(self, plan: Plan, todo: Sequence[Cell], done: Mapping[str, Run]) -> None: ...
+    def fetching(self, model: Model, received: int, total: int | None) -> None: ...
+    def left_out(self, cells: Sequence[Cell], reason: str) -> None: ...
+    def started(self, label: str) -> None: ...
+    def phase(self, label: str, phase: str) -> None: ...
+    def finished(self, cell: Cell, run: Run, metrics: Sequence[MetricValue]) -> None: ...
+    def end(self) -> None: ...
+
+
+@dataclass(slots=True)
+class Report:
+    """What a run of a plan came to."""
+
+    plan: Plan
+    runs: dict[str, Run] = field(default_factory=dict)
+    """Newest run of each cell, by cell key; those that were there before included."""
+    new: list[str] = field(default_factory=list)
+    """Keys of the cells that were run."""
+    left_out: dict[str, str] = field(default_factory=dict)
+    """Reason by key of each cell that could not be run here."""
+
+    @property
+    def failed(self) -> list[Run]:
+        return [run for run in self.runs.values() if run.status not in ("ok", "not-applicable")]
+
+    @property
+    def complete(self) -> bool:
+        """Whether every cell of the plan has a record that is no failure."""
+        return not self.failed and not self.left_out
+
+
+def run_plan(
+    plan: Plan,
+    store: Store,
+    catalog: Catalog,
+    *,
+    executor: str = "local",
+    cores: int | None = None,
+    memory_limit: int | None = None,
+    retry: bool = False,
+    reporter: Reporter | None = None,
+) -> Report:
+    """Run the cells of a plan that have no record yet.
+
+    Args:
+        executor: ``local``, or a name that a plugin knows.
+        cores: CPU cores to use; by default all that this process may.
+        memory_limit: resident bytes above which a worker is ended.
+        retry: also run cells whose newest record is a failure.
+        reporter: shows progress.
+
+    Returns:
+        The newest run of every cell. Interrupting with Ctrl-C ends the workers and raises KeyboardInterrupt; what
+        was finished is in the database, and the next call goes on from there.
+    """
+    reporter = reporter or SilentReporter()
+    before = store.latest(cell.key for cell in plan.cells)
+    settled = {key: run for key, run in before.items() if not retry or run.status in ("ok", "not-applicable")}
+    todo = [cell for cell in plan.cells if cell.key not in settled]
+    report = Report(plan, dict(settled))
+    reporter.begin(plan, todo, settled)
+    try:
+        todo = _fetch_weights(todo, report, reporter)
+        if todo:
+            with tempfile.TemporaryDirectory(prefix="methodbench-", ignore_cleanup_errors=True) as scratch:
+                cores = cores or available_cores()
+                runner = _executor(executor, catalog, todo, cores, memory_limit)
+                try:
+                    _Drive(store, report, reporter, Path(scratch), cores).run(todo, runner)
+                finally:
+                    runner.close()
+    finally:
+        reporter.end()
+    return report
+
+
+def available_cores() -> int:
+    """Return the CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def prepared_folder(weights_digest: str) -> Path:
+    """Return where a model lies once its loader has prepared it."""
+    return sources.cache_dir() / "models" / weights_digest
+
+
+def _fetch_weights(todo: list[Cell], report: Report, reporter: Reporter) -> list[Cell]:
+    """Fetch the sources of models that are not prepared yet; leave out the cells of those that cannot be had."""
+    problems: dict[str, str] = {}
+    fetched: set[str] = set()
+    for cell in todo:
+        model = cell.model
+        if model is None or cell.weights_digest in fetched or cell.weights_digest in problems:
+            continue
+        fetched.add(cell.weights_digest)
+        if prepared_folder(cell.weights_digest).is_dir():
+            continue
+        try:
+            sources.fetch(
+                model.source,
+                sha256=model.sha256,
+                progress=lambda received, total, model=model: reporter.fetching(model, received, total),
+            )
+        except MethodbenchError as error:
+            problems[cell.weights_digest] = f"{model.name}: {error.message}"
+    for weights, reason in problems.items():
+        cells = [cell for cell in todo if cell.weights_digest == weights]
+        report.left_out |= {cell.key: reason for cell in cells}
+        reporter.left_out(cells, reason)
+    return [cell for cell in todo if cell.weights_digest not in problems]
+
+
+def _executor(name: str, catalog: Catalog, todo: Sequence[Cell], cores: int, memory_limit: int | None) -> Executor:
+    if name == "local":
+        return LocalExecutor(cores=cores, preload=_preload(todo), memory_limit=memory_limit)
+    found = catalog.manager.hook.methodbench_executor(name=name)
+    if found is None:
+        raise UnknownNameError("executor", name, ["local"])
+    return found
+
+
+def _preload(todo: Sequence[Cell]) -> list[str]:
+    """Return the modules that workers of these cells import anyway, so that they are imported once."""
+    implementations = [name for cell in todo for name in (cell.method.impl, cell.task.impl)]
+    implementations += [cell.model.loader for cell in todo if cell.model]
+    modules = dict.fromkeys(name.partition(":")[0] for name in implementations)
+    torch = ["torch"] if importlib.util.find_spec("torch") else []
+    return [*torch, "methodbench.engine.worker", *modules]
+
+
+class _Drive:
+    """One run of one plan: the sink of the executor."""
+
+    def __init__(self, store: Store, report: Report, reporter: Reporter, scratch: Path, cores: int) -> None:
+        self.store = store
+        self.report = report
+        self.reporter = reporter
+        self.scratch = scratch
+        self.cores = cores
+        self.jobs: dict[str, Job] = {}
+        self.unprepared: dict[str, str] = {}
+        """Why a model could not be prepared, by weights digest."""
+        digest, data = environment()
+        self.environment = Environment(digest=digest, captured_at=datetime.now(UTC), data=dict(data))
+
+    def run(self, todo: Sequence[Cell], executor: Executor) -> None:
+        executor.run([self._preparation(cell) for cell in _one_per_model(todo)], self)
+        ready = []
+        for cell in todo:
+            reason = self.unprepared.get(cell.weights_digest) if cell.model else None
+            if reason is None:
+                ready.append(cell)
+            else:
+                self._record(cell, CellOutcome("failed", reason))
+        executor.run([self._job_data(job) for job in group_jobs(ready)], self)
+
+    # What workers get
+
+    def _common(self, cell: Cell, threads: int) -> dict[str, Any]:
+        identifier = uuid.uuid4().hex[:12]
+        out = self.scratch / identifier
+        out.mkdir()
+        return {
+            "id": identifier,
+            "out": str(out),
+            "log": str(out / "log.txt"),
+            "first": 0,
+            "seed": cell.seed,
+            "dtype": cell.dtype,
+            "device": cell.device,
+            "threads": threads or self.cores,
+            "cache": str(sources.cache_dir()),
+        }
+
+    def _preparation(self, cell: Cell) -> dict[str, Any]:
+        assert cell.model is not None
+        source = sources.fetch(cell.model.source, sha256=cell.model.sha256).path
+        wanted = {**_model_data(cell.model, cell.weights_digest), "source": str(source) if source else None}
+        # Models are trained and converted under seed 0 whatever the cell's seed: they are part of the question.
+        common = {**self._common(cell, 0), "seed": 0}
+        return {**common, "prepare": wanted, "cells": [{"timeout": cell.timeout}]}
+
+    def _job_data(self, job: Job) -> dict[str, Any]:
+        first = job.cells[0]
+        data = self._common(first, job.threads)
+        data["method"] = _method_data(first.method, first.params)
+        data["model"] = _model_data(first.model, first.weights_digest) if first.model else None
+        data["cells"] = [{"timeout": cell.timeout, "task": _task_data(cell)} for cell in job.cells]
+        self.jobs[data["id"]] = job
+        return data
+
+    # What comes back
+
+    def _label(self, job: Mapping[str, Any]) -> str:
+        if "prepare" in job:
+            return f"prepare {job['prepare']['name']}"
+        return self.jobs[job["id"]].cells[0].label
+
+    def started(self, job: Mapping[str, Any]) -> None:
+        self.reporter.started(self._label(job))
+
+    def phase(self, job: Mapping[str, Any], phase: str) -> None:
+        self.reporter.phase(self._label(job), phase)
+
+    def finished(self, job: Mapping[str, Any], index: int, outcome: CellOutcome) -> None:
+        if "prepare" in job:
+            if outcome.status != "ok":
+                wanted = job["prepare"]
+                last = (outcome.log_tail.strip().splitlines() or [""])[-1]
+                reason = f"{wanted['name']} could not be prepared: {outcome.reason}. {last}".strip()
+                self.unprepared[wanted["digest"]] = reason
+            return
+        self._record(self.jobs[job["id"]].cells[index], outcome, threads=job["threads"])
+
+    def _record(self, cell: Cell, outcome: CellOutcome, threads: int = 0) -> None:
+        result = outcome.result
+        identifier = uuid.uuid4().hex[:12]
+        wall = result.get("wall_seconds", 0.0)
+        started = result.get("started")
+        run = Run(
+            id=identifier,
+            cell_key=cell.key,
+            identity=cell.identity(),
+            status=outcome.status,
+            reason=outcome.reason,
+            method=cell.method.name,
+            kind=cell.method.kind,
+            family=cell.method.family,
+            baseline=cell.method.baseline,
+            variant=cell.variant,
+            params_passed=dict(cell.params_passed),
+            params=dict(cell.params),
+            model=cell.model.name if cell.model else "",
+            model_kind=cell.model.kind if cell.model else "",
+            task=cell.task.name,
+            task_params=dict(cell.task_params),
+            protocol=cell.task.protocol,
+            seed=cell.seed,
+            dtype=cell.dtype,
+            device=cell.device,
+            threads=threads,
+            method_digest=cell.method_digest,
+            weights_digest=cell.weights_digest,
+            data_digest=cell.data_digest,
+            environment_digest=self.environment.digest,
+            methodbench_version=__version__,
+            suite=cell.suite,
+            command=cell.command(),
+            started_at=datetime.fromtimestamp(started, UTC) if started else datetime.now(UTC),
+            wall_seconds=wall,
+            phases=dict(result.get("phases", {})),
+            peak_memory_bytes=result.get("peak_memory_bytes"),
+            storage=result.get("storage", ""),
+            model_bytes=result.get("model_bytes"),
+            bits_per_weight=result.get("bits_per_weight"),
+            accounted_bits=result.get("accounted_bits"),
+            throughput=result.get("throughput"),
+            throughput_unit=result.get("throughput_unit", ""),
+            facts=dict(result.get("facts", {})),
+            warnings=list(result.get("warnings", [])),
+            log_tail=outcome.log_tail,
+        )
+        metrics = [
+            MetricValue(run_id=identifier, units=len(row["scores"]), **{**row, "scores": _blob(row["scores"])})
+            for row in result.get("metrics", [])
+        ]
+        series = [
+            Series(run_id=identifier, name=name, values=_blob(points))
+            for name, points in result.get("series", {}).items()
+        ]
+        self.store.add(run, metrics, series, self.environment)
+        self.report.runs[cell.key] = run
+        self.report.new.append(cell.key)
+        self.reporter.finished(cell, run, metrics)
+
+
+def _one_per_model(cells: Sequence[Cell]) -> list[Cell]:
+    """Return one cell for each model that is not prepared yet."""
+    found: dict[str, Cell] = {}
+    for cell in cells:
+        if cell.model is not None and not prepared_folder(cell.weights_digest).is_dir():
+            found.setdefault(cell.weights_digest, cell)
+    return list(found.values())
+
+
+def _method_data(method: Method, params: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "name": method.name,
+        "kind": method.kind,
+        "impl": method.impl,
+        "params": dict(params),
+        "needs": list(method.needs),
+    }
+
+
+def _model_data(model: Model, weights_digest: str) -> dict[str, Any]:
+    return {
+        "name": model.name,
+        "kind": model.kind,
+        "loader": model.loader,
+        "options": dict(model.options),
+        "digest": weights_digest,
+        "folder": str(prepared_folder(weights_digest)),
+    }
+
+
+def _task_data(cell: Cell) -> dict[str, Any]:
+    metrics = [
+        {
+            "name": metric.name,
+            "direction": metric.direction,
+            "unit": metric.unit,
+            "title": metric.label,
+            "aggregate": metric.aggregate,
+            "primary": metric.primary,
+        }
+        for metric in cell.task.metrics
+    ]
+    return {
+        "name": cell.task.name,
+        "impl": cell.task.impl,
+        "params": dict(cell.task_params),
+        "digest": cell.data_digest,
+        "metrics": metrics,
+    }
+
+
+def _blob(values: Sequence[float]) -> bytes:
+    return np.asarray(values, dtype="<f8").tobytes()

@@ -1,0 +1,128 @@
+"""The fork server: imports torch once, then forks one worker per job.
+
+It reads one JSON command per line from standard input and writes one JSON event per line to standard output. It
+stays fork-safe: it imports, but runs no parallel operator and never touches an accelerator, since a child of a
+process whose OpenMP pool has run can hang, and a CUDA context does not survive a fork. When the driver goes away
+(end of input), it kills its workers and leaves; when it is killed itself, the kernel takes its workers along.
+
+Commands: ``{"do": "start", "job": {...}}``. Events: ``ready``; ``started`` with ``pid``; ``cell`` and ``phase`` from
+workers; ``exit`` with ``status`` as ``os.waitstatus_to_exitcode`` gives it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import importlib
+import json
+import os
+import select
+import signal
+import sys
+import traceback
+from collections.abc import Mapping
+from typing import Any
+
+_PR_SET_PDEATHSIG = 1
+
+
+def _emit(fd: int, event: Mapping[str, Any]) -> None:
+    # One write of less than PIPE_BUF bytes is atomic, so that workers and server can share the pipe.
+    line = json.dumps(event).encode() + b"\n"
+    os.write(fd, line if len(line) < select.PIPE_BUF else json.dumps({**event, "phase": "..."}).encode() + b"\n")
+
+
+def _child(job: Mapping[str, Any], events: int) -> None:
+    """Become the worker: a process group of its own, output to the job's log, death with the server."""
+    os.setsid()
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    from methodbench.engine.worker import execute
+
+    execute(job, lambda event: _emit(events, {"job": job["id"], **event}))
+
+
+def main(preload: list[str]) -> None:
+    """Serve until standard input ends.
+
+    Args:
+        preload: modules to import before the first fork; those that fail are left to the workers to report.
+    """
+    events = os.dup(1)
+    os.dup2(2, 1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for module in preload:
+        with contextlib.suppress(Exception):
+            importlib.import_module(module)
+    # Objects made so far are moved out of the collector's sight, so that children do not copy their pages.
+    gc.collect()
+    gc.freeze()
+    wake_read, wake_write = os.pipe()
+    os.set_blocking(wake_read, False)
+    os.set_blocking(wake_write, False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.set_wakeup_fd(wake_write)
+    workers: dict[int, str] = {}
+    _emit(events, {"event": "ready"})
+    buffer = b""
+    while True:
+        readable, _, _ = select.select([0, wake_read], [], [])
+        if wake_read in readable:
+            os.read(wake_read, 4096)
+            _reap(workers, events)
+        if 0 in readable:
+            chunk = os.read(0, 1 << 20)
+            if not chunk:
+                break
+            *lines, buffer = (buffer + chunk).split(b"\n")
+            for line in lines:
+                _start(json.loads(line)["job"], workers, events)
+    for pid in workers:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
+
+
+def _start(job: Mapping[str, Any], workers: dict[int, str], events: int) -> None:
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            _child(job, events)
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    workers[pid] = job["id"]
+    _emit(events, {"event": "started", "job": job["id"], "pid": pid})
+
+
+def _reap(workers: dict[int, str], events: int) -> None:
+    while workers:
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return
+        if pid == 0:
+            return
+        job = workers.pop(pid, None)
+        if job is not None:
+            # Whatever the worker started and left behind ends with it.
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(pid, signal.SIGKILL)
+            _emit(events, {"event": "exit", "job": job, "status": os.waitstatus_to_exitcode(status)})
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

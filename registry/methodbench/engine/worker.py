@@ -1,0 +1,291 @@
+"""What happens inside a worker process: one job, from the model's file to scores on disk.
+
+A worker gets a job as plain JSON data and writes one JSON file per cell into the job's folder. It never touches the
+database, and nothing it does can harm the driver.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import random
+import resource
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from methodbench import params, stats
+from methodbench.catalog import load_implementation
+from methodbench.context import Context
+from methodbench.entries import Metric
+from methodbench.errors import DivergedError, MethodbenchError, NotApplicableError
+from methodbench.kinds import MODEL_KINDS
+from methodbench.locks import locked
+from methodbench.provenance import digest
+
+if TYPE_CHECKING:
+    from methodbench.protocols import Evaluation
+    from methodbench.torchkit.model import Calibration, LoadedModel
+
+Emit = Callable[[Mapping[str, Any]], None]
+
+
+def execute(job: Mapping[str, Any], emit: Emit) -> None:
+    """Run a job and write its results; failures of a cell are results too.
+
+    Args:
+        job: what :func:`methodbench.engine.driver.job_data` made.
+        emit: reports ``{"event": "cell", "index": i}`` and ``{"event": "phase", "phase": name}`` to the driver.
+    """
+    _settle(job)
+    if "prepare" in job:
+        _prepare_model(job, emit)
+        return
+    _Bench(job, emit).run()
+
+
+def _settle(job: Mapping[str, Any]) -> None:
+    """Fix threads and seeds, and ask torch for deterministic algorithms."""
+    seed = job["seed"]
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.set_num_threads(job["threads"])
+        torch.manual_seed(seed)
+        torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def _prepare_model(job: Mapping[str, Any], emit: Emit) -> None:
+    wanted = job["prepare"]
+    ctx = Context(seed=job["seed"], threads=job["threads"])
+    loader = params.build(load_implementation(wanted["loader"]), wanted["options"], wanted["name"])
+    target = Path(wanted["folder"])
+    target.parent.mkdir(parents=True, exist_ok=True)
+    emit({"event": "phase", "phase": f"prepare {wanted['name']}"})
+    with locked(target.with_suffix(".lock")):
+        if not target.is_dir():
+            temporary = target.with_suffix(f".{os.getpid()}.partial")
+            temporary.mkdir()
+            source = wanted["source"]
+            loader.prepare(Path(source) if source else None, temporary, ctx)
+            temporary.replace(target)
+    _write(job, 0, {"status": "ok"})
+    emit({"event": "cell", "index": 0})
+
+
+class _Bench:
+    """State that the cells of one job share: the model, and what it was compressed into."""
+
+    def __init__(self, job: Mapping[str, Any], emit: Emit) -> None:
+        self.job = job
+        self.emit = emit
+        self.method: Any = None
+        self.model: LoadedModel | None = None
+        self.compressed: dict[str, tuple[LoadedModel, dict[str, float], list[str]]] = {}
+
+    def run(self) -> None:
+        cells = self.job["cells"]
+        for index in range(self.job["first"], len(cells)):
+            cell = cells[index]
+            started = time.time()
+            begin = time.perf_counter()
+            ctx = Context(
+                seed=self.job["seed"],
+                device=self.job["device"],
+                dtype=self.job["dtype"],
+                threads=self.job["threads"],
+                cache=Path(self.job["cache"]),
+            )
+            result = self._guarded(cell, ctx)
+            result["started"] = started
+            result["wall_seconds"] = time.perf_counter() - begin
+            result["phases"] = ctx.phases
+            result["warnings"] = ctx.warnings
+            result["peak_memory_bytes"] = peak_memory_bytes()
+            sys.stdout.flush()
+            _write(self.job, index, result)
+            self.emit({"event": "cell", "index": index})
+
+    def _guarded(self, cell: Mapping[str, Any], ctx: Context) -> dict[str, Any]:
+        try:
+            return {"status": "ok", "reason": "", **self._cell(cell, ctx)}
+        except NotApplicableError as error:
+            return {"status": "not-applicable", "reason": error.message}
+        except DivergedError as error:
+            return {"status": "failed", "reason": f"diverged: {error.message}"}
+        except MemoryError as error:
+            return {"status": "oom", "reason": f"out of memory: {error}".rstrip(": ")}
+        except Exception as error:
+            traceback.print_exc()
+            if _is_out_of_memory(error):
+                return {"status": "oom", "reason": _first_line(error)}
+            if isinstance(error, MethodbenchError):
+                return {"status": "failed", "reason": error.message}
+            return {"status": "failed", "reason": f"{type(error).__name__}: {_first_line(error)}"}
+
+    @contextlib.contextmanager
+    def _phase(self, ctx: Context, name: str) -> Iterator[None]:
+        self.emit({"event": "phase", "phase": name})
+        with ctx.phase(name):
+            yield
+
+    def _cell(self, cell: Mapping[str, Any], ctx: Context) -> dict[str, Any]:
+        wanted = self.job["method"]
+        if self.method is None:
+            with self._phase(ctx, "import"):
+                self.method = params.build(load_implementation(wanted["impl"]), wanted["params"], wanted["name"])
+        described = cell["task"]
+        task = params.build(load_implementation(described["impl"]), described["params"], described["name"])
+        if self.job["model"] is not None and self.model is None:
+            with self._phase(ctx, "load"):
+                self.model = self._load(ctx)
+        result: dict[str, Any] = {}
+        if wanted["kind"] in MODEL_KINDS:
+            assert self.model is not None
+            model = self._compress(task, described, ctx)
+            with self._phase(ctx, "evaluate"):
+                evaluation = task.evaluate(model, ctx)
+            result |= _storage(model)
+            facts = dict(model.facts)
+        else:
+            with self._phase(ctx, "evaluate"):
+                evaluation = task.evaluate(self.method, self.model, ctx)
+            facts = dict(self.model.facts) if self.model else {}
+        return result | _outcome(evaluation, facts, described)
+
+    def _load(self, ctx: Context) -> LoadedModel:
+        wanted = self.job["model"]
+        loader = params.build(load_implementation(wanted["loader"]), wanted["options"], wanted["name"])
+        model: LoadedModel = loader.load(Path(wanted["folder"]), ctx)
+        model.name = wanted["name"]
+        if ctx.device != "cpu" or ctx.dtype != "float32":
+            import torch
+
+            model.module.to(device=ctx.device, dtype=getattr(torch, ctx.dtype))
+        return model
+
+    def _compress(self, task: Any, described: Mapping[str, Any], ctx: Context) -> LoadedModel:
+        from methodbench.torchkit.model import Calibration
+
+        assert self.model is not None
+        data = Calibration.none()
+        if "calibration" in self.job["method"]["needs"]:
+            with self._phase(ctx, "calibrate"):
+                data = self._calibration(task, described, ctx)
+        key = data.source
+        if key not in self.compressed:
+            self.compressed.clear()
+            scratch = Context(ctx.seed, ctx.device, ctx.dtype, ctx.threads, ctx.cache)
+            with self._phase(scratch, "compress"):
+                model = self.method.compress(self.model, data, scratch)
+            if data.source:
+                model.facts.setdefault("calibration", data.source)
+            self.compressed[key] = (model, scratch.phases, scratch.warnings)
+        model, phases, warnings = self.compressed[key]
+        ctx.phases.update(phases)
+        ctx.warnings.extend(warnings)
+        return model
+
+    def _calibration(self, task: Any, described: Mapping[str, Any], ctx: Context) -> Calibration:
+        """Return the task's calibration inputs, made once per machine for all methods on this model."""
+        from safetensors import safe_open
+        from safetensors.torch import save_file
+
+        from methodbench.torchkit.model import Calibration
+
+        assert ctx.cache is not None
+        identity = [described["name"], described["params"], described["digest"], self.job["model"]["digest"], ctx.seed]
+        path = ctx.cache / "calibration" / f"{digest(identity)}.safetensors"
+        with locked(path.with_suffix(".lock")):
+            if path.is_file():
+                with safe_open(path, "pt", device=ctx.device) as stored:
+                    metadata = stored.metadata() or {}
+                    return Calibration(stored.get_tensor("inputs"), metadata.get("source", ""))
+            data: Calibration = task.calibration(self.model, ctx)
+            temporary = path.with_suffix(f".{os.getpid()}.partial")
+            save_file({"inputs": data.inputs.contiguous()}, temporary, metadata={"source": data.source})
+            temporary.replace(path)
+        return data
+
+
+def _storage(model: LoadedModel) -> dict[str, Any]:
+    from methodbench.torchkit.size import bits_per_weight, tensor_bytes
+
+    return {
+        "storage": model.storage,
+        "model_bytes": tensor_bytes(model.module),
+        "bits_per_weight": bits_per_weight(model),
+        "accounted_bits": model.accounted_bits,
+    }
+
+
+def _outcome(evaluation: Evaluation, facts: dict[str, Any], described: Mapping[str, Any]) -> dict[str, Any]:
+    listed = {metric["name"]: Metric(**metric) for metric in described["metrics"]}
+    metrics = []
+    for name, scores in evaluation.scores.items():
+        metric = listed.get(name) or scores.metric or Metric(name=name, direction="higher")
+        value = stats.aggregate(scores.values, metric.aggregate)
+        interval = stats.bootstrap_interval(scores.values, metric.aggregate) or (None, None)
+        metrics.append(
+            {
+                "name": name,
+                "title": metric.title,
+                "unit": metric.unit,
+                "direction": metric.direction,
+                "aggregate": metric.aggregate,
+                "primary": metric.primary,
+                "value": None if math.isnan(value) else value,
+                "low": interval[0],
+                "high": interval[1],
+                "scores": scores.values.tolist(),
+            }
+        )
+    throughput = evaluation.throughput or (None, "")
+    return {
+        "metrics": metrics,
+        "series": {name: np.asarray(curve, dtype=float).tolist() for name, curve in evaluation.series.items()},
+        "facts": facts | dict(evaluation.facts),
+        "throughput": throughput[0],
+        "throughput_unit": throughput[1],
+    }
+
+
+def peak_memory_bytes() -> int:
+    """Return the largest resident set of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:500]
+
+
+def _plain(value: Any) -> Any:
+    """Turn what methods put into facts (numpy and torch scalars, arrays, paths) into JSON values."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    if isinstance(value, Mapping):
+        return dict(value)
+    return str(value)
+
+
+def _write(job: Mapping[str, Any], index: int, result: Mapping[str, Any]) -> None:
+    path = Path(job["out"]) / f"{index}.json"
+    temporary = path.with_suffix(".partial")
+    temporary.write_text(json.dumps(result, default=_plain))
+    temporary.replace(path)

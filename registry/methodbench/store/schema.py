@@ -1,0 +1,158 @@
+"""Tables of the result database.
+
+One row of :class:`Run` is one attempt at one cell; its metrics, with every per-unit score, are rows of
+:class:`MetricValue`; curves are rows of :class:`Series`. An :class:`Environment` is stored once per digest.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+import numpy as np
+from sqlalchemy import JSON, Column, Index, LargeBinary
+from sqlmodel import Field, SQLModel
+
+#: Newest revision of the schema; the last file of ``migrations/versions`` carries the same.
+SCHEMA_REVISION = "0001"
+
+
+class Environment(SQLModel, table=True):
+    """Machine and software that runs were made with."""
+
+    __tablename__ = "environment"
+
+    digest: str = Field(primary_key=True)
+    """sha256 over the canonical JSON of ``data``."""
+    captured_at: datetime
+    """UTC."""
+    data: dict[str, Any] = Field(sa_column=Column(JSON, nullable=False))
+    """Interpreter, packages, processor, memory, accelerator, thread counts, relevant variables, commit."""
+
+
+class Run(SQLModel, table=True):
+    """One attempt at one cell."""
+
+    __tablename__ = "run"
+    __table_args__ = (Index("ix_run_cell_status", "cell_key", "status"),)
+
+    id: str = Field(primary_key=True)
+    """Random, 12 hexadecimal digits."""
+    cell_key: str = Field(index=True)
+    """Identity of the cell: sha256 over ``identity``; see :mod:`methodbench.engine.key`."""
+    identity: dict[str, Any] = Field(sa_column=Column(JSON, nullable=False))
+    """The fields that ``cell_key`` is the digest of."""
+    status: str
+    """``ok``, ``failed``, ``timeout``, ``oom`` or ``not-applicable``."""
+    reason: str = ""
+    """Why the status is not ``ok``, in one sentence."""
+
+    method: str = Field(index=True)
+    kind: str
+    """Kind of the method."""
+    family: str = Field(index=True)
+    """Board of the method."""
+    baseline: bool = False
+    """True for the do-nothing row that others are compared with."""
+    variant: str = ""
+    """How the configuration is called in the suite: a preset, or the parameters that differ from the defaults."""
+    params_passed: dict[str, Any] = Field(sa_column=Column(JSON, nullable=False))
+    """Hyperparameters as the suite gave them."""
+    params: dict[str, Any] = Field(sa_column=Column(JSON, nullable=False))
+    """Hyperparameters with every default filled in."""
+
+    model: str = Field(default="", index=True)
+    """Empty where the task brings its own."""
+    model_kind: str = ""
+
+    task: str = Field(index=True)
+    task_params: dict[str, Any] = Field(sa_column=Column(JSON, nullable=False))
+    """Settings of the protocol with every default filled in."""
+    protocol: int
+    """Version of the task's procedure."""
+
+    seed: int = 0
+    dtype: str = "float32"
+    device: str = "cpu"
+    threads: int = 1
+
+    method_digest: str = ""
+    """sha256 over the source files of the method."""
+    weights_digest: str = ""
+    """Identity of the model's weights and loader."""
+    data_digest: str = ""
+    """Identity of the task's data source."""
+    environment_digest: str = Field(default="", foreign_key="environment.digest")
+    methodbench_version: str = ""
+
+    suite: str = ""
+    """Suite that made the run."""
+    command: str = ""
+    """Command line that repeats it."""
+    started_at: datetime
+    """UTC."""
+    wall_seconds: float = 0.0
+    phases: dict[str, Any] = Field(default_factory=dict, sa_column=Column(JSON, nullable=False))
+    """Wall-clock seconds by phase: load, calibrate, compress, evaluate ..."""
+    peak_memory_bytes: int | None = None
+    """Largest resident set of the worker process."""
+
+    storage: str = ""
+    """``dense``, ``real`` or ``simulated``; empty where no model is compressed."""
+    model_bytes: int | None = None
+    """Bytes that the module's tensors occupy."""
+    bits_per_weight: float | None = None
+    """Measured, over the layers that compressors may touch."""
+    accounted_bits: float | None = None
+    """Bits per weight that a simulated format would take."""
+    throughput: float | None = None
+    throughput_unit: str = ""
+
+    facts: dict[str, Any] = Field(default_factory=dict, sa_column=Column(JSON, nullable=False))
+    """What protocol and method came to: token counts, digests, layers touched."""
+    warnings: list[str] = Field(default_factory=list, sa_column=Column(JSON, nullable=False))
+    log_tail: str = ""
+    """Last 8,000 characters of the worker's output."""
+
+
+class MetricValue(SQLModel, table=True):
+    """One metric of one run."""
+
+    __tablename__ = "metric"
+
+    run_id: str = Field(primary_key=True, foreign_key="run.id")
+    name: str = Field(primary_key=True)
+    title: str = ""
+    unit: str = ""
+    direction: str = "lower"
+    """``lower`` or ``higher``: which is better."""
+    aggregate: str = "mean"
+    primary: bool = False
+    value: float | None = None
+    """None when the score is not a number."""
+    low: float | None = None
+    """Lower end of the 95 % bootstrap interval; None for a single score."""
+    high: float | None = None
+    units: int = 1
+    """How many per-unit scores there are."""
+    scores: bytes = Field(default=b"", sa_column=Column(LargeBinary, nullable=False))
+    """Per-unit scores, little-endian float64."""
+
+    def unit_scores(self) -> np.ndarray:
+        """Return the per-unit scores as float64 [units]."""
+        return np.frombuffer(self.scores, dtype="<f8")
+
+
+class Series(SQLModel, table=True):
+    """A curve of one run: loss per step, trajectory."""
+
+    __tablename__ = "series"
+
+    run_id: str = Field(primary_key=True, foreign_key="run.id")
+    name: str = Field(primary_key=True)
+    values: bytes = Field(default=b"", sa_column=Column(LargeBinary, nullable=False))
+    """Little-endian float64."""
+
+    def points(self) -> np.ndarray:
+        """Return the curve as float64 [points]."""
+        return np.frombuffer(self.values, dtype="<f8")

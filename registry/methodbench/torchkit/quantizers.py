@@ -1,0 +1,347 @@
+"""Uniform quantizers: the conventions that papers' numbers depend on, by name.
+
+A quantizer fixes a grid for every group of values (a tensor, a row, a run of ``group_size`` input columns)
+and maps values to integer codes on it and back. Four conventions are in use; with ``b`` bits, ``mn`` and
+``mx`` the extremes of a group, round half to even:
+
+============ ==========================================================================================
+``awq_asym`` raw extremes; ``s = max(mx - mn, 1e-5) / (2^b - 1)``,
+             ``z = clamp(-round(mn / s), 0, 2^b - 1)`` (AWQ)
+``gptq``     extremes widened to include 0, an all-zero group takes [-1, 1];
+             ``s = (mx - mn) / (2^b - 1)``, ``z = round(-mn / s)`` (GPTQ)
+``absmax``   symmetric only: ``s = max(max|x|, 1e-5) / (2^(b-1) - 1)`` (SmoothQuant)
+``omni``     extremes times a clipping factor; ``s = (mx - mn) / (2^b - 1)`` in [1e-5, 1e4],
+             ``z = round(-mn / s)`` not limited to the grid (OmniQuant)
+============ ==========================================================================================
+
+A grid of another shape is another class with the ``encode``, ``decode`` and ``snap`` of :class:`UniformGrid`;
+whatever snaps weights column by column or packs codes needs nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from methodbench.errors import DivergedError, NotApplicableError
+
+Convention = Literal["awq_asym", "gptq", "absmax", "omni"]
+Granularity = Literal["token", "tensor"]
+Factor = Tensor | float
+
+
+@dataclass(frozen=True, slots=True)
+class UniformGrid:
+    """Equally spaced levels ``(code - zero) * scale`` for integer codes from ``low`` to ``high``.
+
+    ``scale`` has size 1 along the last axis, so that it broadcasts over the values of its group. ``zero`` has
+    the same shape and integer values, or is None where zero maps to code 0.
+    """
+
+    scale: Tensor
+    zero: Tensor | None
+    low: int
+    high: int
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Return the codes of ``x`` [..., n], integer values in ``x``'s floating dtype."""
+        codes = torch.div(x, self.scale).round_()
+        if self.zero is not None:
+            codes.add_(self.zero)
+        return codes.clamp_(self.low, self.high)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Return the values of ``codes`` [..., n] in the dtype of ``scale``."""
+        if self.zero is None:
+            return codes * self.scale
+        return (codes - self.zero).mul_(self.scale)
+
+    def snap(self, x: Tensor) -> Tensor:
+        """Return the level that the convention assigns to every entry of ``x`` [..., n]."""
+        codes = self.encode(x)
+        if self.zero is not None:
+            codes.sub_(self.zero)
+        return codes.mul_(self.scale)
+
+
+@dataclass(frozen=True, slots=True)
+class Quantized:
+    """A matrix on a uniform grid: what a packed layer stores.
+
+    Attributes:
+        codes: int16 [rows, columns], from ``low`` to ``high``.
+        scale: [rows, groups], floating.
+        zero: [rows, groups], integer values in the dtype of ``scale``; None for a symmetric grid.
+        low: smallest code: 0, or negative for a symmetric grid.
+        bits: bits per code; ``high`` is ``low + 2**bits - 1``.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    low: int
+    bits: int
+
+    @property
+    def group_size(self) -> int:
+        """Columns that share a scale."""
+        return self.codes.shape[1] // self.scale.shape[1]
+
+    def dequantize(self) -> Tensor:
+        """Return the values [rows, columns] in the dtype of ``scale``."""
+        codes = self.codes.unflatten(1, (self.scale.shape[1], -1)).to(self.scale.dtype)
+        zero = None if self.zero is None else self.zero.unsqueeze(-1)
+        grid = UniformGrid(self.scale.unsqueeze(-1), zero, self.low, self.low + 2**self.bits - 1)
+        return grid.decode(codes).flatten(1)
+
+
+class FindGrid(Protocol):
+    """How a convention fixes a grid from the extremes of a group."""
+
+    def __call__(self, low: Tensor, high: Tensor, bits: int, symmetric: bool) -> UniformGrid: ...
+
+
+def _awq_grid(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> UniformGrid:
+    if symmetric:
+        scale = torch.maximum(-low, high).clamp_(min=1e-5).div_(2 ** (bits - 1) - 1)
+        return UniformGrid(scale, None, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    top = 2**bits - 1
+    scale = (high - low).clamp_(min=1e-5).div_(top)
+    return UniformGrid(scale, (low / scale).round_().neg_().clamp_(0, top), 0, top)
+
+
+def _gptq_range(low: Tensor, high: Tensor, symmetric: bool) -> tuple[Tensor, Tensor]:
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    if symmetric:
+        high = torch.maximum(-low, high)
+        # A group without negative values keeps its lower end at zero, as in the authors' code, and is
+        # clipped.
+        low = torch.where(low < 0, -high, low)
+    empty = (low == 0) & (high == 0)
+    return low.masked_fill(empty, -1.0), high.masked_fill(empty, 1.0)
+
+
+def _gptq_levels(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> UniformGrid:
+    top = 2**bits - 1
+    scale = (high - low) / top
+    if symmetric:
+        return UniformGrid(scale, None, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    return UniformGrid(scale, (-low / scale).round_(), 0, top)
+
+
+def _gptq_grid(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> UniformGrid:
+    low, high = _gptq_range(low, high, symmetric)
+    return _gptq_levels(low, high, bits, symmetric)
+
+
+def _absmax_grid(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> UniformGrid:
+    if not symmetric:
+        raise ValueError("the convention absmax is symmetric only")
+    return _awq_grid(low, high, bits, symmetric=True)
+
+
+def _omni_grid(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> UniformGrid:
+    if symmetric:
+        middle = 2 ** (bits - 1) - 1
+        scale = torch.maximum(low.abs(), high.abs()).div_(middle).clamp_(1e-5, 1e4)
+        return UniformGrid(scale, None, -middle, 2**bits - 1 - middle)
+    scale = ((high - low) / (2**bits - 1)).clamp_(1e-5, 1e4)
+    return UniformGrid(scale, (-low / scale).clamp_(-1e4, 1e4).round_(), 0, 2**bits - 1)
+
+
+#: The conventions by name; see the module's table and the papers named there.
+CONVENTIONS: Mapping[str, FindGrid] = {
+    "awq_asym": _awq_grid,
+    "gptq": _gptq_grid,
+    "absmax": _absmax_grid,
+    "omni": _omni_grid,
+}
+
+
+def find_grid(
+    x: Tensor,
+    bits: int,
+    convention: Convention,
+    *,
+    symmetric: bool = False,
+    clip: tuple[Factor, Factor] = (1.0, 1.0),
+) -> UniformGrid:
+    """Return the grid of every group of ``x``.
+
+    Args:
+        x: floating [..., n]; a group is the last axis.
+        bits: 2 to 8 for weights; up to 16 for activations.
+        convention: a key of :data:`CONVENTIONS`.
+        symmetric: zero maps to code 0 and no zero point is kept.
+        clip: factors on the minimum and on the maximum (OmniQuant's learnable clipping, after the sigmoid).
+
+    Returns:
+        A grid whose ``scale`` is [..., 1].
+
+    Raises:
+        ValueError: ``absmax`` without ``symmetric``.
+    """
+    low, high = torch.aminmax(x, dim=-1, keepdim=True)
+    if clip != (1.0, 1.0):
+        low, high = low * clip[0], high * clip[1]
+    return CONVENTIONS[convention](low, high, bits, symmetric)
+
+
+def find_grid_by_mse(
+    x: Tensor,
+    bits: int,
+    *,
+    symmetric: bool = False,
+    candidates: int = 100,
+    shrink: float = 0.8,
+    norm: float = 2.4,
+) -> UniformGrid:
+    """Return GPTQ's grid after a search over clipped ranges (the ``mse`` option of the authors' quantizer).
+
+    Both ends are multiplied by ``1 - i / candidates`` for ``i < shrink * candidates``; a range wins where the
+    sum of ``|q(x) - x| ** norm`` over the group is strictly smaller.
+
+    Args:
+        x: floating [..., n]; a group is the last axis.
+
+    Returns:
+        A grid whose ``scale`` is [..., 1].
+    """
+    low, high = _gptq_range(*torch.aminmax(x, dim=-1, keepdim=True), symmetric)
+    grid = _gptq_levels(low, high, bits, symmetric)
+    scale, zero = grid.scale, grid.zero
+    least = torch.full_like(scale, torch.inf)
+    for i in range(int(shrink * candidates)):
+        share = 1 - i / candidates
+        tried = _gptq_levels(share * low, share * high, bits, symmetric)
+        error = tried.snap(x).sub_(x).abs_().pow_(norm).sum(-1, keepdim=True)
+        better = error < least
+        least = torch.where(better, error, least)
+        scale = torch.where(better, tried.scale, scale)
+        if zero is not None and tried.zero is not None:
+            zero = torch.where(better, tried.zero, zero)
+    return UniformGrid(scale, zero, grid.low, grid.high)
+
+
+def groups_of(x: Tensor, group_size: int, name: str = "the weight") -> Tensor:
+    """Return ``x`` [rows, columns] as a view [rows, groups, group_size]; -1 makes a row one group.
+
+    Raises:
+        NotApplicableError: the width is no multiple of ``group_size``; names ``name``, width and group.
+    """
+    width = x.shape[-1]
+    size = width if group_size == -1 else group_size
+    if width % size:
+        raise NotApplicableError(
+            f"{name} has {width} input columns, which is no multiple of the group size {size}",
+            "Choose a group size that divides every layer's width, or -1 for one group per output channel.",
+        )
+    return x.unflatten(-1, (width // size, size))
+
+
+def on_grid(x: Tensor, grid: UniformGrid, bits: int, name: str = "the weight") -> Quantized:
+    """Return ``x`` [rows, groups, group_size] rounded to ``grid`` (scale [rows, groups, 1]).
+
+    Raises:
+        DivergedError: the grid is not finite, because ``x`` holds NaN or infinity.
+    """
+    if not bool(torch.isfinite(grid.scale).all()):
+        raise DivergedError(f"{name} holds NaN or infinity and cannot be quantized")
+    zero = None if grid.zero is None else grid.zero.squeeze(-1)
+    codes = grid.encode(x).to(torch.int16).flatten(1)
+    return Quantized(codes, grid.scale.squeeze(-1), zero, grid.low, bits)
+
+
+def quantize(
+    weight: Tensor,
+    bits: int,
+    *,
+    group_size: int = -1,
+    convention: Convention = "awq_asym",
+    symmetric: bool = False,
+    clip: tuple[Factor, Factor] = (1.0, 1.0),
+    name: str = "the weight",
+) -> Quantized:
+    """Round ``weight`` to the nearest level of every group's grid.
+
+    Args:
+        weight: floating [out, in].
+        group_size: input columns that share a grid; -1 for one grid per output channel.
+        clip: see :func:`find_grid`; tensors broadcast against [out, groups, 1].
+        name: the layer, for error messages.
+
+    Raises:
+        NotApplicableError: ``in`` is no multiple of ``group_size``.
+        DivergedError: ``weight`` holds NaN or infinity.
+    """
+    grouped = groups_of(weight, group_size, name)
+    if not bool(torch.isfinite(grouped.sum(dtype=torch.float64))):
+        raise DivergedError(f"{name} holds NaN or infinity and cannot be quantized")
+    grid = find_grid(grouped, bits, convention, symmetric=symmetric, clip=clip)
+    return on_grid(grouped, grid, bits, name)
+
+
+def fake_quantize(
+    x: Tensor,
+    bits: int,
+    *,
+    granularity: Granularity = "token",
+    convention: Convention = "absmax",
+    symmetric: bool = True,
+) -> Tensor:
+    """Return ``x`` rounded to a grid found from ``x`` itself: dynamic activation quantization.
+
+    Args:
+        x: floating [..., features].
+        granularity: ``token`` for one grid per vector along the last axis, ``tensor`` for one grid in all.
+
+    Returns:
+        A tensor of ``x``'s shape and dtype.
+    """
+    flat = x.reshape(1, -1) if granularity == "tensor" else x
+    return find_grid(flat, bits, convention, symmetric=symmetric).snap(flat).view_as(x)
+
+
+def quantize_static(x: Tensor, absmax: Tensor | float, bits: int) -> Tensor:
+    """Return ``x`` on the symmetric grid that a calibrated ``absmax`` fixes, clamped to it, in ``x``'s dtype.
+
+    Codes run from ``-(2^(b-1) - 1)`` to ``2^(b-1) - 1`` (DGQ's static activation quantizer).
+    """
+    top = 2 ** (bits - 1) - 1
+    scale = torch.as_tensor(absmax, dtype=x.dtype, device=x.device) / top
+    return UniformGrid(scale, None, -top, top).snap(x)
+
+
+class ActivationQuantizer(nn.Module):
+    """Rounds the input of a layer at run time; holds no tensors."""
+
+    def __init__(
+        self,
+        bits: int,
+        *,
+        granularity: Granularity = "token",
+        convention: Convention = "absmax",
+        symmetric: bool = True,
+    ) -> None:
+        super().__init__()
+        self.bits = bits
+        self.granularity: Granularity = granularity
+        self.convention: Convention = convention
+        self.symmetric = symmetric
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return :func:`fake_quantize` of ``x`` [..., features]."""
+        return fake_quantize(
+            x,
+            self.bits,
+            granularity=self.granularity,
+            convention=self.convention,
+            symmetric=self.symmetric,
+        )
+
+    def extra_repr(self) -> str:
+        return f"bits={self.bits}, granularity={self.granularity}, convention={self.convention}"
