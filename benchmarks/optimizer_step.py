@@ -3,9 +3,9 @@
     python benchmarks/optimizer_step.py [--params 10000000] [--tensors 200] [--rounds 7] [--device cpu]
 
 Every contestant steps on tensors of its own; rounds alternate between contestants, so that whatever else the
-machine does hits all alike. A step is limited by memory: beside its time stands the time per byte that the rule
-has to move at the least (parameter, gradient and state read once, parameter and state written once). Prints one
-JSON object.
+machine does hits all alike. A step is limited by memory: beside its time stands the time per byte that the
+rule has to move at the least (parameter, gradient and state read once, parameter and state written once).
+Prints one JSON object.
 """
 
 from __future__ import annotations

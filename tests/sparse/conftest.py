@@ -12,7 +12,7 @@ from methodbench.torchkit.model import Calibration, LoadedModel
 
 @pytest.fixture
 def llama() -> LoadedModel:
-    """Two blocks of width 32 with grouped queries and tied embeddings; gains are random, so that folding shows."""
+    """Two blocks of width 32, grouped queries, tied embeddings; random gains, so that folding them shows."""
     config = LlamaConfig(
         vocab_size=96,
         hidden_size=32,

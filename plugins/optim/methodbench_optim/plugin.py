@@ -160,7 +160,7 @@ def _nonconvex(function: str, summary: str) -> Task:
     )
 
 
-def _digits(architecture: str, summary: str) -> Task:
+def _digits(architecture: str, steps: int, summary: str) -> Task:
     return Task(
         name=f"digits-{architecture}",
         kinds=("optimizer",),
@@ -173,7 +173,7 @@ def _digits(architecture: str, summary: str) -> Task:
         ),
         protocol=1,
         data="builtin:sklearn-digits",
-        options={"architecture": architecture},
+        options={"architecture": architecture, "steps": steps},
         threads=1,
         extra="optim",
     )
@@ -191,9 +191,13 @@ def methodbench_tasks() -> list[Task]:
         ),
         _nonconvex("f3", "A sharp valley between two ridges; 300 iterates from 21 starts."),
         _digits(
-            "mlp", "A small MLP on scikit-learn's digits; five learning rates, chosen by validation loss."
+            "mlp",
+            400,
+            "A small MLP on scikit-learn's digits; five learning rates, chosen by validation loss.",
         ),
         _digits(
-            "cnn", "A small CNN on scikit-learn's digits; five learning rates, chosen by validation loss."
+            "cnn",
+            250,
+            "A small CNN on scikit-learn's digits; five learning rates, chosen by validation loss.",
         ),
     ]

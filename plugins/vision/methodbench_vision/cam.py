@@ -1,4 +1,4 @@
-"""What all class activation maps share: a layer's feature maps, their gradients, and the way to a picture-sized map.
+"""What class activation maps share: a layer's feature maps, their gradients, the way to picture-sized maps.
 
 A method reads :func:`features` of one or several layers, reduces each to a raw map [B, h, w], and hands the
 raw maps to :func:`saliency`. The pipeline is that of pytorch-grad-cam 1.5.7, over a whole batch at once:
@@ -13,10 +13,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
 from methodbench.errors import NotApplicableError, ParameterError
@@ -25,11 +26,22 @@ from methodbench.torchkit.model import LoadedModel
 #: Keeps a constant map from dividing by zero.
 EPSILON = 1e-7
 
+#: Fields that every class activation map has.
+LayerChoice = Annotated[
+    str | tuple[str, ...],
+    Field(
+        description="layers to read and average, by dotted name; by default the one that feeds the pooling"
+    ),
+]
+PrefixTokens = Annotated[
+    int | None, Field(ge=0, description="tokens in front of the patches; by default what the model says")
+]
+
 _POOLS = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.AvgPool2d, nn.MaxPool2d)
 
 
 class Features(NamedTuple):
-    """Feature maps of one layer, float32 [B, C, h, w], and the gradient of the class scores with respect to them."""
+    """Feature maps of one layer and the gradient of the class scores by them, float32 [B, C, h, w]."""
 
     activation: Tensor
     gradient: Tensor
@@ -40,8 +52,8 @@ def features(
     x: Tensor,
     target: Tensor,
     *,
-    layer: str | tuple[str, ...] = "",
-    prefix_tokens: int | None = None,
+    layer: LayerChoice = "",
+    prefix_tokens: PrefixTokens = None,
 ) -> list[Features]:
     """Return A and G = d score / dA of each layer, for a batch in one forward and one partial backward pass.
 
@@ -78,7 +90,7 @@ def features(
 
 
 def activations(
-    model: LoadedModel, x: Tensor, *, layer: str | tuple[str, ...] = "", prefix_tokens: int | None = None
+    model: LoadedModel, x: Tensor, *, layer: LayerChoice = "", prefix_tokens: PrefixTokens = None
 ) -> list[Tensor]:
     """Return the feature maps [B, C, h, w] of each layer for images ``x`` [B, C, H, W], without any gradient.
 
@@ -112,7 +124,7 @@ def min_max(maps: Tensor) -> Tensor:
     return maps / (EPSILON + maps.amax((1, 2), keepdim=True))
 
 
-def layer_names(model: LoadedModel, x: Tensor, layer: str | tuple[str, ...] = "") -> list[str]:
+def layer_names(model: LoadedModel, x: Tensor, layer: LayerChoice = "") -> list[str]:
     """Return the dotted names of the layers to read.
 
     Without a name: in a transformer the norm before the last attention, behind which every patch still has a
@@ -134,7 +146,12 @@ def layer_names(model: LoadedModel, x: Tensor, layer: str | tuple[str, ...] = ""
                 )
         return names
     layout = model.adapter.layout
-    if layout is not None and layout.attention_norm:
+    if layout is not None:
+        if not layout.attention_norm:
+            raise NotApplicableError(
+                f"the blocks of {model.name} have no norm of known name before the attention",
+                "Name the layer to read with the parameter `layer`.",
+            )
         return [f"{model.adapter.block_names(model.module)[-1]}.{layout.attention_norm}"]
     return [_pooled_layer(model, x[:1])]
 
@@ -178,7 +195,7 @@ def recorded(module: nn.Module, names: Sequence[str], *, gradients: bool) -> Ite
             handle.remove()
 
 
-def spatial(module: nn.Module, name: str, values: Tensor, prefix_tokens: int | None = None) -> Tensor:
+def spatial(module: nn.Module, name: str, values: Tensor, prefix_tokens: PrefixTokens = None) -> Tensor:
     """Return a layer's output as float32 maps [B, C, h, w].
 
     Tokens [B, prefix + h w, C] lose their ``prefix_tokens`` leading ones (by default as many as the model
@@ -204,7 +221,7 @@ def spatial(module: nn.Module, name: str, values: Tensor, prefix_tokens: int | N
 
 
 def _pooled_layer(model: LoadedModel, x: Tensor) -> str:
-    """Return the name of the last module that returns maps [B, C, h, w] of more than one pixel and pools nothing."""
+    """Return the name of the last layer, other than a pooling, with maps of more than one pixel."""
     last = ""
 
     def note(name: str, output: object) -> None:

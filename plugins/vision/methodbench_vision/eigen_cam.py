@@ -28,7 +28,7 @@ from torch import Tensor
 from methodbench.errors import DivergedError
 from methodbench.params import hyperparameters
 from methodbench.torchkit.model import LoadedModel
-from methodbench_vision.cam import Features, activations, features, saliency
+from methodbench_vision.cam import Features, LayerChoice, PrefixTokens, activations, features, saliency
 
 Variant = Literal["centered", "paper", "per_channel"]
 Sign = Literal["raw", "flip", "corr"]
@@ -47,22 +47,15 @@ class EigenCAM:
     sign: Annotated[
         Sign,
         Field(
-            description="as LAPACK returns it; the larger extreme positive; or correlated with the channels' mean"
+            description="what LAPACK returns, the larger extreme positive, or with the mean of the channels"
         ),
     ] = "raw"
     weighting: Annotated[
         Literal["none", "grad", "abs_grad"],
-        Field(
-            description="multiply activations by their gradient (EigenGrad-CAM) or its magnitude (Seg-Eigen-CAM)"
-        ),
+        Field(description="multiply activations by the gradient (EigenGrad-CAM) or its size (Seg-Eigen-CAM)"),
     ] = "none"
-    layer: Annotated[
-        str | tuple[str, ...],
-        Field(description="layers to read and average; by default the one that feeds the pooling"),
-    ] = ""
-    prefix_tokens: Annotated[
-        int | None, Field(ge=0, description="tokens in front of the patches; by default what the model says")
-    ] = None
+    layer: LayerChoice = ""
+    prefix_tokens: PrefixTokens = None
 
     def explain(self, model: LoadedModel, x: Tensor, target: Tensor) -> Tensor:
         """Return maps [B, H, W] in [0, 1] for normalized images ``x`` [B, C, H, W].
@@ -114,7 +107,7 @@ def first_projection(maps: Tensor, variant: Variant = "centered", sign: Sign = "
     if sign == "raw":
         return projection
     low, high = projection.amin((1, 2)), projection.amax((1, 2))
-    turned = low.abs() > high.abs() if sign == "flip" else _correlation(projection, maps.mean(1)) < 0
+    turned = low.abs() > high.abs() if sign == "flip" else _covariance(projection, maps.mean(1)) < 0
     return torch.where(turned[:, None, None], -projection, projection)
 
 
@@ -141,6 +134,6 @@ def _direction(x: Tensor) -> Tensor:
     return direction.to(x.dtype)
 
 
-def _correlation(a: Tensor, b: Tensor) -> Tensor:
-    """Return the covariance over positions of maps [B, h, w], whose sign is that of their correlation: [B]."""
+def _covariance(a: Tensor, b: Tensor) -> Tensor:
+    """Return the covariance of maps [B, h, w] over positions, of the same sign as their correlation."""
     return ((a - a.mean((1, 2), keepdim=True)) * (b - b.mean((1, 2), keepdim=True))).mean((1, 2))

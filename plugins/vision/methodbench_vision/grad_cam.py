@@ -18,7 +18,7 @@ from torch import Tensor
 
 from methodbench.params import hyperparameters
 from methodbench.torchkit.model import LoadedModel
-from methodbench_vision.cam import features, saliency
+from methodbench_vision.cam import LayerChoice, PrefixTokens, features, saliency
 from methodbench_vision.eigen_cam import first_projection
 
 
@@ -26,20 +26,15 @@ from methodbench_vision.eigen_cam import first_projection
 class GradCAM:
     """Channels weighted by their mean gradient."""
 
-    layer: Annotated[
-        str | tuple[str, ...],
-        Field(description="layers to read and average; by default the one that feeds the pooling"),
-    ] = ""
+    layer: LayerChoice = ""
     eigen_smooth: Annotated[
         bool,
         Field(description="project the weighted channels on their first component instead of adding them"),
     ] = False
-    prefix_tokens: Annotated[
-        int | None, Field(ge=0, description="tokens in front of the patches; by default what the model says")
-    ] = None
+    prefix_tokens: PrefixTokens = None
 
     def explain(self, model: LoadedModel, x: Tensor, target: Tensor) -> Tensor:
-        """Return maps [B, H, W] in [0, 1] for normalized images ``x`` [B, C, H, W] and classes ``target`` [B]."""
+        """Return maps [B, H, W] in [0, 1] of normalized images ``x`` [B, C, H, W] for classes [B]."""
         layers = features(model, x, target, layer=self.layer, prefix_tokens=self.prefix_tokens)
         weighted = [
             channel_weights(gradient)[:, :, None, None] * activation for activation, gradient in layers

@@ -17,8 +17,8 @@ METHODS: list[Method] = [
             arxiv="1610.02391",
             venue="ICCV",
             year=2017,
-            authors="Selvaraju, Ramprasaath R. and Cogswell, Michael and Das, Abhishek and Vedantam, Ramakrishna "
-            "and Parikh, Devi and Batra, Dhruv",
+            authors="Selvaraju, Ramprasaath R. and Cogswell, Michael and Das, Abhishek and "
+            "Vedantam, Ramakrishna and Parikh, Devi and Batra, Dhruv",
             code="ramprs/grad-cam",
         ),
         presets={"smooth": {"eigen_smooth": True}},
@@ -32,7 +32,7 @@ METHODS: list[Method] = [
         kind="explainer",
         family="vision",
         impl="methodbench_vision.eigen_cam:EigenCAM",
-        summary="Projects the last feature map on its first principal component; asks neither class nor gradient.",
+        summary="Projects the last feature map on its first principal component, without class or gradient.",
         applies_to=("cnn", "vit"),
         paper=Paper(
             title="Eigen-CAM: Class Activation Map using Principal Components",

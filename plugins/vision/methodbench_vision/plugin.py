@@ -16,7 +16,7 @@ def methodbench_families() -> list[Family]:
         Family(
             name="vision",
             title="Vision",
-            summary="Saliency maps of image classifiers: where a network looks, and how faithful the map is to it.",
+            summary="Saliency maps of image classifiers: where a network looks, and how faithful the map is.",
         )
     ]
 

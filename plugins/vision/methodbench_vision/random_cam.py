@@ -12,13 +12,14 @@ from __future__ import annotations
 import zlib
 from typing import Annotated
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from methodbench.params import hyperparameters
 from methodbench.torchkit.model import LoadedModel
-from methodbench_vision.cam import activations, saliency
+from methodbench_vision.cam import LayerChoice, PrefixTokens, activations, saliency
 
 
 @hyperparameters
@@ -28,16 +29,11 @@ class RandomCAM:
     seed: Annotated[
         int, Field(ge=0, le=2**31 - 1, description="seed of the weights, joined with the picture")
     ] = 0
-    layer: Annotated[
-        str | tuple[str, ...],
-        Field(description="layers to read and average; by default the one that feeds the pooling"),
-    ] = ""
-    prefix_tokens: Annotated[
-        int | None, Field(ge=0, description="tokens in front of the patches; by default what the model says")
-    ] = None
+    layer: LayerChoice = ""
+    prefix_tokens: PrefixTokens = None
 
     def explain(self, model: LoadedModel, x: Tensor, target: Tensor) -> Tensor:
-        """Return maps [B, H, W] in [0, 1] for normalized images ``x`` [B, C, H, W]; ``target`` is not used."""
+        """Return maps [B, H, W] in [0, 1] of normalized images ``x`` [B, C, H, W], whatever the class."""
         layers = activations(model, x, layer=self.layer, prefix_tokens=self.prefix_tokens)
         raw = [
             (random_weights(x, maps.shape[1], self.seed)[:, :, None, None] * maps).sum(1) for maps in layers
@@ -46,10 +42,9 @@ class RandomCAM:
 
 
 def random_weights(x: Tensor, channels: int, seed: int) -> Tensor:
-    """Return weights [B, channels] from U(-1, 1), the same for the same image and seed in whatever batch it comes."""
-    pixels = x.detach().float().cpu().numpy()
-    rows = []
-    for image in pixels:
-        generator = torch.Generator().manual_seed(seed << 32 | zlib.crc32(image.tobytes()))
-        rows.append(2 * torch.rand(channels, generator=generator) - 1)
-    return torch.stack(rows).to(x.device)
+    """Return weights [B, channels] from U(-1, 1) that depend on seed and image, not on the batch."""
+    weights = [
+        np.random.default_rng((seed, zlib.crc32(image.tobytes()))).uniform(-1, 1, channels)
+        for image in x.detach().float().cpu().numpy()
+    ]
+    return torch.from_numpy(np.stack(weights)).to(x.device, torch.float32)

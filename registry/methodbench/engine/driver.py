@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import tempfile
 import uuid
@@ -181,8 +180,7 @@ def _preload(todo: Sequence[Cell]) -> list[str]:
     implementations = [name for cell in todo for name in (cell.method.impl, cell.task.impl)]
     implementations += [cell.model.loader for cell in todo if cell.model]
     modules = dict.fromkeys(name.partition(":")[0] for name in implementations)
-    torch = ["torch"] if importlib.util.find_spec("torch") else []
-    return [*torch, "methodbench.engine.worker", *modules]
+    return ["methodbench.engine.worker", *modules]
 
 
 class _Drive:

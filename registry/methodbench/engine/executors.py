@@ -65,6 +65,8 @@ class _Running:
     next_cell: int = 0
     deadline: float = float("inf")
     limit: float = 0.0
+    log_start: int = 0
+    """Where the log of the cell that runs begins."""
     verdict: tuple[str, str] | None = None
     """(status, reason) once the driver has decided to end it."""
     terminated_at: float | None = None
@@ -94,7 +96,7 @@ class LocalExecutor:
         while waiting or self._running:
             if self._server is None:
                 # A module that kills the server while it is imported must not do so again.
-                self._start_server(self.preload if deaths == 0 else ["torch"])
+                self._start_server(self.preload if deaths == 0 else [])
             while waiting and self._fits(waiting[0]):
                 self._send(waiting.popleft())
             for event in self._events(timeout=0.1):
@@ -157,7 +159,8 @@ class LocalExecutor:
     # Scheduling
 
     def _cores_of(self, job: Mapping[str, Any]) -> int:
-        return min(job["threads"], self.cores)
+        # A job that was there when the server died has the machine to itself, so that it can take no other along.
+        return self.cores if "again" in job else min(job["threads"], self.cores)
 
     def _fits(self, job: Mapping[str, Any]) -> bool:
         used = sum(self._cores_of(running.job) for running in self._running.values())
@@ -168,18 +171,18 @@ class LocalExecutor:
         if self._server is not None:
             self._server.wait()
             self._server = None
-        reason = "the fork server died while this cell ran"
         for running in list(self._running.values()):
             self._collect(running, sink)
-            rest = {**running.job, "first": running.next_cell}
-            if give_up or running.job["first"] == running.next_cell and running.job.get("again"):
-                self._fail_rest(rest, running.next_cell, sink, "failed", reason)
-            elif running.next_cell < len(_cells(rest)):
-                waiting.appendleft({**rest, "again": True})
+            again = {**running.job, "first": running.next_cell, "again": True}
+            stuck = "again" in running.job and running.job["first"] == running.next_cell
+            if give_up or stuck:
+                self._fail_rest(running, sink, "failed", "the fork server died while this cell ran")
+            elif running.next_cell < len(_cells(again)):
+                waiting.appendleft(again)
         self._running.clear()
         if give_up:
             for job in waiting:
-                self._fail_rest(job, job["first"], sink, "failed", "the fork server died repeatedly")
+                self._fail_rest(_Running(job, next_cell=job["first"]), sink, "failed", "the fork server died repeatedly")
             waiting.clear()
 
     # Events
@@ -214,7 +217,7 @@ class LocalExecutor:
                 del self._running[running.job["id"]]
                 self._collect(running, sink)
                 status, reason = running.verdict or _explain_exit(event["status"], self._oom_kills)
-                self._fail_rest(running.job, running.next_cell, sink, status, reason)
+                self._fail_rest(running, sink, status, reason)
 
     def _arm(self, running: _Running) -> None:
         cells = _cells(running.job)
@@ -230,18 +233,21 @@ class LocalExecutor:
             if not path.is_file():
                 return
             result = json.loads(path.read_text())
-            outcome = CellOutcome(result["status"], result.get("reason", ""), result, read_tail(running.job["log"]))
+            tail = read_tail(running.job["log"], running.log_start)
+            running.log_start = _size(running.job["log"])
+            outcome = CellOutcome(result["status"], result.get("reason", ""), result, tail)
             path.unlink()
             sink.finished(running.job, running.next_cell, outcome)
             running.next_cell += 1
 
     @staticmethod
-    def _fail_rest(job: Mapping[str, Any], first: int, sink: Sink, status: str, reason: str) -> None:
-        tail = read_tail(job["log"])
-        for index in range(first, len(_cells(job))):
-            # Only the cell that was running is to blame; those behind it never began.
-            why = reason if index == first else f"not run: an earlier cell of the same worker ended it ({reason})"
-            sink.finished(job, index, CellOutcome(status, why, {}, tail))
+    def _fail_rest(running: _Running, sink: Sink, status: str, reason: str) -> None:
+        """Report the cells of a worker that is gone: the one that ran is to blame, those behind it never began."""
+        tail = read_tail(running.job["log"], running.log_start)
+        for index in range(running.next_cell, len(_cells(running.job))):
+            first = index == running.next_cell
+            why = reason if first else f"not run: an earlier cell of the same worker ended it ({reason})"
+            sink.finished(running.job, index, CellOutcome(status, why, {}, tail if first else ""))
 
     def _watch(self) -> None:
         """End workers that are over their time or memory: SIGTERM, then SIGKILL, to the whole process group."""
@@ -291,14 +297,16 @@ def _oom_kills() -> int:
     return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)
 
 
-def read_tail(path: str) -> str:
-    """Return the last 8,000 characters of a log; empty when there is none."""
+def read_tail(path: str, start: int = 0) -> str:
+    """Return the last 8,000 bytes of a log from position ``start`` on; empty when there is none."""
     try:
         with open(path, "rb") as log:
-            log.seek(0, os.SEEK_END)
-            log.seek(max(0, log.tell() - _LOG_TAIL))
+            end = log.seek(0, os.SEEK_END)
+            log.seek(max(start, end - _LOG_TAIL))
             return log.read().decode("utf-8", "replace")
     except OSError:
         return ""
 
 
+def _size(path: str) -> int:
+    return os.path.getsize(path) if os.path.exists(path) else 0

@@ -46,6 +46,8 @@ def _child(job: Mapping[str, Any], events: int) -> None:
     os.dup2(nothing, 0)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    # For libraries that are loaded from here on; those that are there already are told by the worker.
+    os.environ["OMP_NUM_THREADS"] = str(job["threads"])
     from methodbench.engine.worker import execute
 
     execute(job, lambda event: _emit(events, {"job": job["id"], **event}))

@@ -12,6 +12,7 @@ import math
 import os
 import random
 import resource
+import shutil
 import sys
 import time
 import traceback
@@ -44,7 +45,6 @@ def execute(job: Mapping[str, Any], emit: Emit) -> None:
         job: what :func:`methodbench.engine.driver.job_data` made.
         emit: reports ``{"event": "cell", "index": i}`` and ``{"event": "phase", "phase": name}`` to the driver.
     """
-    _settle(job)
     if "prepare" in job:
         _prepare_model(job, emit)
         return
@@ -52,7 +52,7 @@ def execute(job: Mapping[str, Any], emit: Emit) -> None:
 
 
 def _settle(job: Mapping[str, Any]) -> None:
-    """Fix threads and seeds, and ask torch for deterministic algorithms."""
+    """Fix threads and seeds, and ask torch for deterministic algorithms; once implementations are imported."""
     seed = job["seed"]
     random.seed(seed)
     np.random.seed(seed % 2**32)
@@ -60,19 +60,23 @@ def _settle(job: Mapping[str, Any]) -> None:
     if torch is not None:
         torch.set_num_threads(job["threads"])
         torch.manual_seed(seed)
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        # The debug mode sets the same switch as use_deterministic_algorithms, which imports the compiler as well.
+        torch.set_deterministic_debug_mode("warn")
 
 
 def _prepare_model(job: Mapping[str, Any], emit: Emit) -> None:
     wanted = job["prepare"]
     ctx = Context(seed=job["seed"], threads=job["threads"])
     loader = params.build(load_implementation(wanted["loader"]), wanted["options"], wanted["name"])
+    _settle(job)
     target = Path(wanted["folder"])
     target.parent.mkdir(parents=True, exist_ok=True)
     emit({"event": "phase", "phase": f"prepare {wanted['name']}"})
     with locked(target.with_suffix(".lock")):
+        temporary = target.with_suffix(".partial")
+        # What an attempt that was killed or failed has left; the lock says that nobody works on it.
+        shutil.rmtree(temporary, ignore_errors=True)
         if not target.is_dir():
-            temporary = target.with_suffix(f".{os.getpid()}.partial")
             temporary.mkdir()
             source = wanted["source"]
             loader.prepare(Path(source) if source else None, temporary, ctx)
@@ -144,6 +148,8 @@ class _Bench:
                 self.method = params.build(load_implementation(wanted["impl"]), wanted["params"], wanted["name"])
         described = cell["task"]
         task = params.build(load_implementation(described["impl"]), described["params"], described["name"])
+        # Every cell starts from the same state, whichever cells ran before it in this process.
+        _settle(self.job)
         if self.job["model"] is not None and self.model is None:
             with self._phase(ctx, "load"):
                 self.model = self._load(ctx)
@@ -219,10 +225,11 @@ class _Bench:
 def _storage(model: LoadedModel) -> dict[str, Any]:
     from methodbench.torchkit.size import bits_per_weight, tensor_bytes
 
+    compressible = bool(model.adapter.targets(model.module))
     return {
         "storage": model.storage,
         "model_bytes": tensor_bytes(model.module),
-        "bits_per_weight": bits_per_weight(model),
+        "bits_per_weight": bits_per_weight(model) if compressible else None,
         "accounted_bits": model.accounted_bits,
     }
 

@@ -500,8 +500,10 @@ def _layout(blocks: list[nn.Module]) -> Layout | None:
 
 
 def _conv_stages(module: nn.Module) -> tuple[str, ...]:
-    """Return the children that hold convolutions; the children of an only one, when they are containers
-    too."""
+    """Return the children that hold convolutions, or the children of the only one that does.
+
+    Empty where most layers lie outside of them: a patch embedding does not make a convolutional network.
+    """
 
     def holders(root: nn.Module) -> list[str]:
         return [
@@ -512,7 +514,9 @@ def _conv_stages(module: nn.Module) -> tuple[str, ...]:
 
     stages = holders(module)
     inside = [m for name in stages for m in module.get_submodule(name).modules()]
-    outside = sum(isinstance(m, nn.Linear) for m in module.modules()) - sum(isinstance(m, nn.Linear) for m in inside)
+    outside = sum(isinstance(m, nn.Linear) for m in module.modules()) - sum(
+        isinstance(m, nn.Linear) for m in inside
+    )
     if outside > sum(isinstance(m, nn.Conv2d) for m in inside):
         return ()
     if len(stages) == 1:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -164,19 +164,21 @@ def _capture(model: LoadedModel, batches: list[Tensor]) -> tuple[list[Tensor], l
             if parameter.kind is not inspect.Parameter.VAR_KEYWORD
         ]
         block.forward = stand_in(index, parameters, block.forward)
-    for batch in batches:
-        called.clear()
-        interned.clear()
-        try:
-            with torch.no_grad():
+    try:
+        for batch in batches:
+            called.clear()
+            interned.clear()
+            with torch.no_grad(), suppress(_Captured):
                 dry(batch.to(device), **options)
-        except _Captured:
-            pass
-        if called != list(range(len(blocks))):
-            raise NotApplicableError(
-                f"{model.name} does not apply its {len(blocks)} blocks one after another to the same tensor "
-                f"(blocks that follow the rule, in order of their calls: {called})"
-            )
+            if called != list(range(len(blocks))):
+                raise NotApplicableError(
+                    f"{model.name} does not apply its {len(blocks)} blocks one after another to the same "
+                    f"tensor (blocks that follow the rule, in order of their calls: {called})"
+                )
+    finally:
+        # A stand-in and its block refer to each other: parted, they and the inputs go as soon as they can.
+        for block in blocks:
+            del block.forward
     return inputs, arguments
 
 

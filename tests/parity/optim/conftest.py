@@ -62,7 +62,7 @@ def fit_least_squares(vectors: Vectors) -> Callable[[Any], Paths]:
             path["loss"].append(optimizer.step(closure).item())
             path["W"].append(weight.detach().numpy().copy())
             path["b"].append(bias.detach().numpy().copy())
-        path["loss"].append(float(loss()))
+        path["loss"].append(loss().item())
         return {name: np.stack(points) for name, points in path.items()}
 
     return run

@@ -77,6 +77,10 @@ class Digits:
             raise DivergedError(
                 f"every trial diverged{f' (learning rates {rates})' if rates else ''}", "Lower lr."
             )
+        if len(trials) > 1 and chosen in (trials[0], trials[-1]):
+            ctx.warn(
+                f"the best learning rate, {chosen.lr:.3g}, is at the edge of the search: try rates beyond"
+            )
         with torch.no_grad():
             logits = chosen.module(data.test.images).double()
         nll = F.cross_entropy(logits, data.test.labels, reduction="none")

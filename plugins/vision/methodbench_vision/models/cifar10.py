@@ -1,8 +1,8 @@
 """Classifiers of CIFAR-10 from files: a ViT-Tiny, and the ResNets of He et al. (1512.03385, section 4.2).
 
-The ResNets have three stages of 16, 32 and 64 channels with (depth - 2) / 6 blocks each. Where a stage halves the
-resolution, the shortcut takes every second pixel and fills the added channels with zeros ("option A"), so that it
-has no parameters.
+The ResNets have three stages of 16, 32 and 64 channels with (depth - 2) / 6 blocks each. Where a stage halves
+the resolution, the shortcut takes every second pixel and fills the added channels with zeros ("option A"), so
+that it has no parameters.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated
 
 import timm
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -52,6 +52,12 @@ class ResNetCifar10:
     """Loads a checkpoint whose tensors lie under ``state_dict`` with the prefix ``module.``."""
 
     depth: Annotated[int, Field(ge=8, le=1202, description="weighted layers, 6 n + 2")] = 20
+
+    @model_validator(mode="after")
+    def _check_depth(self) -> ResNetCifar10:
+        if (self.depth - 2) % 6:
+            raise ValueError(f"depth must be 6 n + 2, such as 20 or 56, not {self.depth}")
+        return self
 
     def prepare(self, source: Path | None, target: Path, ctx: Context) -> None:
         checkpoint = read_checkpoint(source)

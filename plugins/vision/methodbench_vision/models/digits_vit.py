@@ -1,8 +1,9 @@
 """A small vision transformer trained on scikit-learn's digits, optionally with outlier channels put in.
 
-A ViT this small has no outlier channels, so that the simplest activation quantizer loses nothing on it. The option
-``outlier_scale`` makes the difficulty of large networks explicit without changing the function: for every norm and
-the layer that reads it, with r_c = exp(s N(0, 1)) per channel and a few channels 30 times larger,
+A ViT this small has no outlier channels, so that the simplest activation quantizer loses nothing on it. The
+option ``outlier_scale`` makes the difficulty of large networks explicit without changing the function: for
+every norm and the layer that reads it, with r_c = exp(s N(0, 1)) per channel and a few channels 30 times
+larger,
 
     gamma <- gamma * r,    beta <- beta * r,    W[:, c] <- W[:, c] / r_c.
 """
@@ -62,7 +63,7 @@ class DigitsViT:
             check_accuracy(module, *held_out, self.min_accuracy)
         if self.outlier_scale:
             generator = torch.Generator().manual_seed(self.outlier_seed)
-            inject_outliers(module, detect(module), self.outlier_scale, self.outlier_channels, generator)
+            spread_channels(module, detect(module), self.outlier_scale, self.outlier_channels, generator)
         save_weights(module.state_dict(), target)
 
     def load(self, folder: Path, ctx: Context) -> LoadedModel:
@@ -85,7 +86,7 @@ def build() -> VisionTransformer:
     )
 
 
-def inject_outliers(
+def spread_channels(
     module: nn.Module, adapter: Adapter, scale: float, channels: int, generator: torch.Generator
 ) -> None:
     """Spread the channels of every norm that a block's layers read, and undo it in those layers, in place.

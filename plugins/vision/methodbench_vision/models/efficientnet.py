@@ -1,9 +1,9 @@
 """EfficientNet-Lite0 with ImageNet weights.
 
-Tan and Le, EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks, ICML 2019 (1905.11946). The
-Lite variants drop squeeze-and-excitation and replace swish by ReLU6. The checkpoint is TensorFlow's, under the names
-of a PyTorch port; here its tensors get timm's names. Like all of TensorFlow's, it needs asymmetric "same" padding,
-batch norms with an epsilon of 1e-3 and inputs scaled to (255 x - 127) / 128.
+Tan and Le, EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks, ICML 2019 (1905.11946).
+The Lite variants drop squeeze-and-excitation and replace swish by ReLU6. The checkpoint is TensorFlow's,
+under the names of a PyTorch port; here its tensors get timm's names. Like all of TensorFlow's, it needs
+asymmetric "same" padding, batch norms with an epsilon of 1e-3 and inputs scaled to (255 x - 127) / 128.
 """
 
 from __future__ import annotations

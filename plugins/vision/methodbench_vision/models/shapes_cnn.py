@@ -1,7 +1,7 @@
 """A small convolutional network trained on procedural images with exact masks.
 
-It tells the four classes by the stripes on the head of an ellipse, so that where its evidence lies is known to the
-pixel. The last feature map has 16 x 16 cells.
+It tells the four classes by the stripes on the head of an ellipse, so that where its evidence lies is known
+to the pixel. The last feature map has 16 x 16 cells.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
+import torch
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -27,7 +28,7 @@ PREPROCESS = Preprocess(size=(SHAPES_SIZE, SHAPES_SIZE), mean=(0.5, 0.5, 0.5), s
 class ShapesCNN:
     """Trains four convolutions on procedural images of the training split."""
 
-    epochs: Annotated[int, Field(ge=1, le=1000, description="passes over the training images")] = 6
+    epochs: Annotated[int, Field(ge=1, le=1000, description="passes over the training images")] = 4
     images: Annotated[int, Field(ge=50, le=100_000, description="training images")] = 2000
     seed: Annotated[int, Field(ge=0, description="of images, initialization and order of images")] = 0
     rail_probability: Annotated[
@@ -43,10 +44,11 @@ class ShapesCNN:
         )
         held_out = procedural_images(self.seed, 200, rail_probability=self.rail_probability)
         with repeatable(self.seed):
-            module = ShapesNet()
+            # Channels last halves the time of these convolutions on a CPU.
+            module = ShapesNet().to(memory_format=torch.channels_last)
             train(
                 module,
-                normalize(drawn.images, PREPROCESS),
+                normalize(drawn.images, PREPROCESS).contiguous(memory_format=torch.channels_last),
                 drawn.labels,
                 epochs=self.epochs,
                 batch_size=50,

@@ -1,4 +1,4 @@
-"""The prepared folder of an image model: ``model.safetensors`` and, where the structure is not fixed, a JSON file."""
+"""The prepared folder of an image model, and how weights get in and out of it."""
 
 from __future__ import annotations
 
@@ -58,7 +58,9 @@ def save_weights(weights: Mapping[str, Tensor], target: Path) -> None:
 
 
 def load_weights(module: nn.Module, folder: Path, ctx: Context) -> nn.Module:
-    """Fill ``module`` from ``folder/model.safetensors``; return it frozen, in eval mode, on the cell's device.
+    """Fill ``module`` from ``folder/model.safetensors``; return it frozen, in eval mode.
+
+    Its tensors have the device and the dtype of the cell.
 
     Raises:
         SourceError: the file lacks a tensor, has one too many, or one of another shape.

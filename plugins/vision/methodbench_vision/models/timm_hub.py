@@ -1,4 +1,4 @@
-"""Image classifiers from the Hugging Face hub, in timm's format: ``config.json`` beside ``model.safetensors``."""
+"""Image classifiers of the Hugging Face hub in timm's format: ``config.json`` and ``model.safetensors``."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class TimmHub:
             if not (source / name).is_file():
                 raise SourceError(
                     f"{source} has no {name}",
-                    "Only repositories in timm's format with safetensors are read; pickled weights never are.",
+                    "Only repositories in timm's format with safetensors can be read, never pickled weights.",
                 )
             shutil.copyfile(source / name, target / name)
 
@@ -53,8 +53,8 @@ class TimmHub:
         adapter = detect(module)
         if adapter.kind != self.kind:
             raise NotApplicableError(
-                f"{architecture} is a {adapter.kind} by its structure, and its name was taken for a {self.kind}",
-                "Methods for this kind of model cannot be chosen from the name; register the model in a plugin.",
+                f"{architecture} is a {adapter.kind} by its structure, but was taken for a {self.kind}",
+                "Register the model in a plugin, with its kind and this loader.",
             )
         return LoadedModel(
             name=architecture,

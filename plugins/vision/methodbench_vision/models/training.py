@@ -17,8 +17,8 @@ from methodbench.errors import DivergedError
 def repeatable(seed: int) -> Iterator[None]:
     """Seed torch's global generator and compute on one thread; both are as before afterwards.
 
-    One thread makes sums independent of the machine's number of cores, so that the weights are the same on all of
-    them with the same processor.
+    One thread makes sums independent of the machine's number of cores, so that the weights are the same on
+    all of them with the same processor.
     """
     threads = torch.get_num_threads()
     with torch.random.fork_rng(devices=[]):
@@ -85,6 +85,6 @@ def check_accuracy(module: Callable[[Tensor], Tensor], inputs: Tensor, labels: T
     accuracy = right / len(labels)
     if accuracy < least:
         raise DivergedError(
-            f"the trained network is right on {accuracy:.1%} of the held-out images, not on {least:.0%} or more",
+            f"the trained network is right on {accuracy:.1%} of the held-out images, not on {least:.0%}",
             "Train for more epochs or with another seed.",
         )

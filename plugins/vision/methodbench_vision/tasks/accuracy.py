@@ -25,8 +25,8 @@ from methodbench_vision.tasks.images import to_inputs
 class ImageAccuracy:
     """Share of images whose highest logit is the true class; the unit is one image.
 
-    Images are scored in the order of the set, each resized and cropped as the model asks for. A row of logits that
-    is not finite counts as wrong, with an infinite loss.
+    Images are scored in the order of the set, each resized and cropped as the model asks for. A row of logits
+    that is not finite counts as wrong, with an infinite loss.
     """
 
     data: Annotated[
@@ -44,7 +44,8 @@ class ImageAccuracy:
         """Return training-side images [calibration_images, 3, height, width], drawn by ``ctx.seed``.
 
         Raises:
-            NotApplicableError: the model's classes are not the data's, or there are fewer images than asked for.
+            NotApplicableError: the model's classes are not the data's, or there are fewer images than asked
+                for.
         """
         image_set, preprocess = self._fit(model)
         images = image_set.calibration()

@@ -9,8 +9,8 @@ TASKS: list[Task] = [
         name="insertion-deletion",
         kinds=("explainer",),
         impl="methodbench_vision.tasks.faithfulness:InsertionDeletion",
-        summary="How fast the model's confidence rises and falls when pixels are shown or hidden in the map's order, "
-        "on photographs that scikit-image and scikit-learn ship.",
+        summary="How the model's confidence rises and falls as pixels are shown or hidden in the map's "
+        "order, on photographs that scikit-image and scikit-learn ship.",
         metrics=(
             Metric(name="insertion-auc", direction="higher", title="insertion AUC", primary=True),
             Metric(name="deletion-auc", direction="lower", title="deletion AUC"),
@@ -27,7 +27,7 @@ TASKS: list[Task] = [
         name="pointing-game",
         kinds=("explainer",),
         impl="methodbench_vision.tasks.localization:PointingGame",
-        summary="Whether the map's highest point, its highest pixels and its mass lie on the object, on procedural "
+        summary="Whether the map's highest point, highest pixels and mass lie on the object, on procedural "
         "images whose masks are known exactly.",
         metrics=(
             Metric(name="pointing-object", direction="higher", title="pointing (object)", primary=True),

@@ -62,7 +62,7 @@ class InsertionDeletion:
         preprocess = preprocess_of(model)
         if min(preprocess.size) < self.smallest_input:
             raise NotApplicableError(
-                f"{model.name} sees {preprocess.size[0]} x {preprocess.size[1]} pixels, too few for photographs",
+                f"{model.name} sees {min(preprocess.size)} pixels a side, too few for photographs",
                 f"Use a model of {self.smallest_input} pixels or more, trained on photographs.",
             )
         pictures = [picture.rgb for picture in sample_pictures()]
@@ -96,7 +96,7 @@ class InsertionDeletion:
         )
 
     def _batch(self, method: Explainer, model: LoadedModel, x: Tensor) -> tuple[tuple[Tensor, ...], float]:
-        """Return insertion and deletion curves [B, steps + 1], confidence before and after masking [B]; seconds."""
+        """Return both curves [B, steps + 1], the confidence before and after masking [B]; seconds."""
         with torch.no_grad():
             target = model.module(x).argmax(1)
         maps, seconds = timed_maps(method, model, x, target)
@@ -122,7 +122,7 @@ class ConfidenceChange(NamedTuple):
 
 
 def class_confidence(module: Callable[[Tensor], Tensor], target: Tensor) -> Confidence:
-    """Return the function from images to the softmax probability, float64 [B], of their classes ``target`` [B]."""
+    """Return the function from images to the softmax probability of their classes [B], float64 [B]."""
 
     def confidence(x: Tensor) -> Tensor:
         with torch.no_grad():
@@ -155,7 +155,7 @@ def perturbation_curve(
 
 
 def area(curve: Tensor) -> Tensor:
-    """Return the area under each curve [B, points] over an axis from 0 to 1: the mean of adjacent averages, [B]."""
+    """Return the area under each curve [B, points] over [0, 1], the mean of adjacent averages: [B]."""
     return ((curve[:, 1:] + curve[:, :-1]) / 2).mean(1)
 
 

@@ -1,8 +1,8 @@
 """Pictures for explainers, and the way from pictures to a model's inputs.
 
-Procedural images have exact truth: every picture shows one rotated ellipse whose body looks the same in all classes;
-only the stripes on its head, one end of the ellipse, tell the class. A faithful map must sit on the head, a
-localizing one on the object.
+Procedural images have exact truth: every picture shows one rotated ellipse whose body looks the same in all
+classes; only the stripes on its head, one end of the ellipse, tell the class. A faithful map must sit on the
+head, a localizing one on the object.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ def procedural_images(
         seed: of the image set; the same seed gives other images in the other split.
         n: number of images.
         split: networks are trained on ``train`` and explained on ``test``.
-        rail_probability: how often class 0 stands over a bright rail; each other class does so with a share of
-            ``(1 - rail_probability) / 3``. Zero means never, in any class.
+        rail_probability: how often class 0 stands over a bright rail; each other class does so with a share
+            of ``(1 - rail_probability) / 3``. Zero means never, in any class.
         head_from: where the head begins along the ellipse's long axis, as a share of it in (-1, 1).
     """
     drawn = [_draw(split, seed, index, rail_probability, head_from) for index in range(n)]
@@ -180,7 +180,7 @@ def _centroid(mask: np.ndarray) -> np.ndarray:
 
 
 def sample_pictures() -> list[Picture]:
-    """Return photographs that ship inside scikit-image and scikit-learn, in a fixed order; nothing is fetched."""
+    """Return photographs that ship inside scikit-image and scikit-learn; nothing is fetched."""
     import skimage.data
     from sklearn.datasets import load_sample_images
 
@@ -207,8 +207,8 @@ def _rgb(picture: np.ndarray) -> np.ndarray:
 def to_inputs(pictures: Sequence[np.ndarray], preprocess: Preprocess) -> Tensor:
     """Turn pictures into a model's inputs.
 
-    The shorter side is resized to ``size / crop`` and the centre is cut out, unless the picture has the right size
-    and nothing is to be cropped.
+    The shorter side is resized to ``size / crop`` and the centre is cut out, unless the picture has the right
+    size and nothing is to be cropped.
 
     Args:
         pictures: RGB, uint8 [height, width, 3], of any sizes.

@@ -102,16 +102,17 @@ def pointing(maps: Tensor, masks: Tensor) -> Tensor:
 
 
 def relevance_mass(maps: Tensor, masks: Tensor) -> Tensor:
-    """Return the share of the map's sum that lies in the mask, float64 [B]: 0 for a zero map, NaN for an empty mask.
+    """Return the share of the map's sum that lies in the mask, float64 [B].
 
-    Takes non-negative maps float64 [B, H, W] and masks bool [B, H, W].
+    Takes non-negative maps float64 [B, H, W] and masks bool [B, H, W]. A zero map scores 0, an
+    empty mask NaN.
     """
     inside, total = (maps * masks).sum((1, 2)), maps.sum((1, 2))
     return _unless_empty(torch.where(total > 0, inside / total, 0), masks)
 
 
 def relevance_rank(maps: Tensor, masks: Tensor) -> Tensor:
-    """Return the share of the map's K highest pixels that lie in the mask of K pixels, float64 [B]; NaN if K is 0.
+    """Return the share of the map's K highest pixels that lie in the mask of K pixels; NaN if K is 0.
 
     Of pixels that tie for the last places, each counts with its chance of getting one, so that large areas of
     equal value (maps cut off at zero) favour no corner of the image.
@@ -119,6 +120,9 @@ def relevance_rank(maps: Tensor, masks: Tensor) -> Tensor:
     Args:
         maps: float64 [B, H, W].
         masks: bool [B, H, W].
+
+    Returns:
+        float64 [B].
     """
     flat, inside = maps.flatten(1), masks.flatten(1)
     count = inside.sum(1, keepdim=True)

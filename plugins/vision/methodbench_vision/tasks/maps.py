@@ -34,7 +34,7 @@ def on_device(inputs: Tensor, ctx: Context) -> Tensor:
 
 
 def timed_maps(method: Explainer, model: LoadedModel, x: Tensor, target: Tensor) -> tuple[Tensor, float]:
-    """Return the maps [B, H, W] of images ``x`` [B, C, H, W] for classes ``target`` [B], and the seconds it took.
+    """Return maps [B, H, W] of images [B, C, H, W] for classes [B], and the seconds it took.
 
     Raises:
         DivergedError: a value is not finite.

@@ -1,0 +1,92 @@
+"""Implementations of the toy methods."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import time
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from methodbench.errors import DivergedError, NotApplicableError
+from methodbench.params import hyperparameters
+
+
+@hyperparameters
+class Noop:
+    """Returns its value."""
+
+    value: Annotated[float, Field(ge=0, le=10, description="what it returns")] = 1.0
+
+    def measure(self, model, data, ctx):
+        return {"value": self.value}
+
+
+@hyperparameters
+class Misbehave:
+    """Does one bad thing."""
+
+    how: Literal[
+        "raise", "hang", "hang-hard", "memory", "segfault", "kill", "exit", "diverge", "not-applicable", "orphan", "hog",
+        "kill-server", "nonsense",
+    ] = "raise"  # fmt: skip
+    note: str = ""
+
+    def measure(self, model, data, ctx):
+        match self.how:
+            case "raise":
+                raise RuntimeError("the toy broke")
+            case "hang":
+                time.sleep(600)
+            case "hang-hard":
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+                time.sleep(600)
+            case "memory":
+                raise MemoryError("no room")
+            case "segfault":
+                ctypes.string_at(0)
+            case "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "exit":
+                os._exit(3)
+            case "diverge":
+                raise DivergedError("the loss is not finite")
+            case "not-applicable":
+                raise NotApplicableError("this toy does not fit")
+            case "orphan":
+                if os.fork() == 0:
+                    with open(self.note, "w") as file:
+                        file.write(str(os.getpid()))
+                    time.sleep(600)
+                while not os.path.exists(self.note) or not open(self.note).read():
+                    time.sleep(0.01)
+            case "hog":
+                block = bytearray(1 << 30)
+                block[::4096] = b"x" * len(block[::4096])
+                time.sleep(600)
+            case "kill-server":
+                os.kill(os.getppid(), signal.SIGKILL)
+                time.sleep(5)
+            case "nonsense":
+                return "nonsense"
+        return {"value": 1.0}
+
+
+@hyperparameters
+class Scale:
+    """Multiplies every weight."""
+
+    factor: Annotated[float, Field(gt=0)] = 0.5
+
+    def compress(self, model, data, ctx):
+        from methodbench.torchkit.model import set_weight
+
+        small = model.clone()
+        for module in small.module.modules():
+            if hasattr(module, "weight"):
+                set_weight(module, module.weight * self.factor)
+        small.storage = "simulated"
+        small.facts["calibrated_on"] = len(data)
+        return small
