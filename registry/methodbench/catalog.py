@@ -88,7 +88,7 @@ class Catalog:
         for impl in reversed(hook.get_hookimpls()):
             try:
                 entry = impl.function(name)
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 self.problems.append(PluginProblem(impl.plugin_name, f"{hook.name}({name!r}): {_say(error)}"))
                 continue
             if isinstance(entry, cls):
@@ -167,7 +167,7 @@ def _collect(catalog: Catalog, what: str, cls: type[E], into: dict[str, E]) -> N
     for impl in getattr(catalog.manager.hook, f"methodbench_{what}").get_hookimpls():
         try:
             entries = list(impl.function())
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             catalog.problems.append(PluginProblem(impl.plugin_name, f"methodbench_{what}: {_say(error)}"))
             continue
         for entry in entries:

@@ -24,8 +24,7 @@ class Divided(nn.Module):
 
 
 def move_scale(block: nn.Module, group: ScaleGroup, scale: Tensor, *, half: bool = False) -> None:
-    """Divide the output of ``group.previous`` by ``scale``; multiply the columns of its readers, unless
-    ``half``."""
+    """Divide what ``group.previous`` gives by ``scale``; multiply its readers' columns, unless ``half``."""
     previous = block.get_submodule(group.previous)
     if not hasattr(previous, "weight"):
         set_submodule(block, group.previous, Divided(previous, scale))
@@ -196,6 +195,7 @@ def test_roles_hold_for_relative_and_full_names(name, roles, decoder):
         ("mlp.shared_expert_gate", "router"),
         ("block_sparse_moe.experts.3.w2", "down"),
         ("attn.gate", "other"),
+        ("self_attn.gate", "other"),
         ("attention.self.value", "v"),
         ("attention.output.dense", "o"),
         ("output.dense", "fc2"),

@@ -37,7 +37,7 @@ def digits_model(digits_folder: Path, ctx: Context) -> LoadedModel:
 
 @pytest.fixture
 def real_file(request: pytest.FixtureRequest) -> Path:
-    """The weights file of the model named by indirect parametrization; skips where it is not on this machine."""
+    """The weights file of the model named by indirect parametrization; skips where it is absent."""
     (entry,) = (model for model in MODELS if model.name == request.param)
     try:
         path = fetch(entry.source, sha256=entry.sha256, offline=True).path

@@ -150,4 +150,4 @@ def test_on_a_trained_net_both_methods_beat_the_random_control(tmp_path: Path) -
     for name in ("grad-cam", "eigen-cam"):
         for metric, mean in means[name].items():
             assert mean > means["random-cam"][metric] + 0.1, (name, metric, means)
-        assert means[name]["pointing-object"] > 0.95
+        assert means[name]["pointing-object"] > 0.85

@@ -205,17 +205,21 @@ def calibrate_thresholds(
 
     Scores are those of the dense ``model`` on every token of ``data``; ``norms`` [in] are by full name too.
     """
+    histograms: dict[str, ScoreHistogram] = {}
     thresholds: dict[str, float] = {}
-    for step in walk(model, data, propagate="dense"):
-        histograms = {name: ScoreHistogram() for name in model.adapter.linears(step.block)}
-        step.forward(
-            {
-                name: _scored(histogram.add, norms[f"{step.name}.{name}"])
-                for name, histogram in histograms.items()
-            }
-        )
-        for name, histogram in histograms.items():
-            thresholds[f"{step.name}.{name}"] = histogram.quantile(sparsity)
+    names = {linear: name for name, linear in model.adapter.targets(model.module).items()}
+
+    def observe(block: nn.Module) -> dict[str, Callable[[Tensor], None]]:
+        linears = model.adapter.linears(block)
+        histograms.clear()
+        histograms.update({names[linear]: ScoreHistogram() for linear in linears.values()})
+        return {
+            name: _scored(histograms[names[linear]].add, norms[names[linear]])
+            for name, linear in linears.items()
+        }
+
+    for _ in walk(model, data, propagate="dense", observe=observe):
+        thresholds |= {name: histogram.quantile(sparsity) for name, histogram in histograms.items()}
     return thresholds
 
 
@@ -230,16 +234,17 @@ def sparsity_facts(
 
     A Linear that the first calibration sequences do not reach counts with its fixed count per token.
     """
-    shares = {name: layer.keep / layer.in_features for name, layer in masked.items()}
+    counters = {name: _KeptCounter(layer) for name, layer in masked.items()}
+    by_layer: dict[nn.Module, _KeptCounter] = {counter.layer: counter for counter in counters.values()}
+
+    def observe(block: nn.Module) -> dict[str, Callable[[Tensor], None]]:
+        return {name: by_layer[layer].add for name, layer in model.adapter.linears(block).items()}
+
     some = Calibration(data.inputs[:MEASURED_SEQUENCES], data.source)
-    for step in walk(model, some, propagate="dense") if len(some) else ():
-        counters = {
-            name: _KeptCounter(masked[f"{step.name}.{name}"]) for name in model.adapter.linears(step.block)
-        }
-        step.forward({name: counter.add for name, counter in counters.items()})
-        shares |= {
-            f"{step.name}.{name}": counter.share for name, counter in counters.items() if counter.total
-        }
+    if len(some):
+        for _ in walk(model, some, propagate="dense", observe=observe):
+            pass
+    shares = {name: counter.share for name, counter in counters.items()}
     sizes = {name: layer.weight.numel() for name, layer in masked.items()}
     return {
         "kept_share": sum(shares[name] * size for name, size in sizes.items()) / sum(sizes.values()),
@@ -257,7 +262,7 @@ class _KeptCounter:
 
     @property
     def share(self) -> float:
-        return self.kept / self.total
+        return self.kept / self.total if self.total else self.layer.keep / self.layer.in_features
 
     def add(self, inputs: Tensor) -> None:
         mask = self.layer.mask(inputs)

@@ -37,6 +37,7 @@ ROLES: tuple[tuple[str, str], ...] = (
     ("self_attn.dense", "o"),
     ("attn.proj", "o"),
     ("attn.gate", "other"),
+    ("self_attn.gate", "other"),
     ("gate_up_proj", "gate_up"),
     ("gate_proj", "gate"),
     ("up_proj", "up"),
@@ -98,8 +99,7 @@ class Layout:
     feed_forward_norms: tuple[str, ...] = ()
     """Candidates for the norm whose output only the feed-forward layers read; the first that exists is it."""
     value_last: bool = True
-    """Whether the last third of a fused query-key-value layer's output is the value (else heads
-    interleave)."""
+    """Whether the last third of a fused query-key-value layer's output is the value (or heads alternate)."""
 
 
 LAYOUTS: tuple[Layout, ...] = (

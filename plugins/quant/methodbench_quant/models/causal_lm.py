@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -94,6 +97,22 @@ def load(folder: Path) -> LoadedModel:
 def _is_gguf(path: Path) -> bool:
     with path.open("rb") as file:
         return file.read(4) == b"GGUF"
+
+
+@contextmanager
+def _parsed_once() -> Iterator[None]:
+    """Let transformers parse the header of a GGUF file once.
+
+    It does so anew for configuration, weights and tokenizer, and a large vocabulary takes seconds each time.
+    """
+    import gguf
+
+    parse = gguf.GGUFReader
+    gguf.GGUFReader = functools.lru_cache(maxsize=1)(parse)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = parse
 
 
 def _rebuilt(decoded: PreTrainedModel) -> PreTrainedModel:

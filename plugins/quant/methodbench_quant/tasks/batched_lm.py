@@ -2,8 +2,8 @@
 
 Three things make it fast. The head, which costs as much as many blocks, runs only at positions whose logits
 are asked for. Requests that begin alike (the answers to one question) are packed into a prefix tree and
-computed in one row; what all requests have in common (few-shot examples) is computed once and kept as keys and
-values. Rows of similar length are batched.
+computed in one row; what all requests have in common (few-shot examples) is computed once and kept as keys
+and values. Rows of similar length are batched.
 
 Tree packing presumes a decoder that honours position ids and a mask of its own; whether a model does is
 measured once on a small tree, and a model that does not is run on plain right-padded batches.
@@ -35,13 +35,23 @@ from methodbench.torchkit.model import LoadedModel
 from methodbench_quant.tasks.prefix_tree import Tree, batches, build_trees, common_prefix
 
 _TREE_NODES = 512
+_FILLED_NODES = 128
 _WORTH_SHARING = 4
 _WORTH_CACHING = 16
-_ROW_TOKENS = 512
+_BATCH_TOKENS = 512
+_LOGITS = 1 << 22  # logits at a time: 16 MiB in fp32, which the allocator reuses and the cache holds
 _GENERATED_ROWS = 16
 _GENERATED_TOKENS = 256
 
 Request = tuple[Any, list[int], list[int]]
+
+
+class _AtHead(Exception):
+    """Leaves the model's forward pass with the hidden states that its head was about to read."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden
 
 
 class BatchedLM(TemplateLM):
@@ -61,7 +71,7 @@ class BatchedLM(TemplateLM):
         *,
         seed: int = 0,
         max_length: int | None = None,
-        batch_tokens: int = _ROW_TOKENS,
+        batch_tokens: int = _BATCH_TOKENS,
         trees: bool | None = None,
     ) -> None:
         super().__init__()
@@ -76,6 +86,7 @@ class BatchedLM(TemplateLM):
         self.max_length: int = max_length or resolve_max_length(self.config, self.tokenizer)
         self.batch_tokens = batch_tokens
         self._trees = trees
+        self._bare_head: bool | None = None
         self.requests = 0
         """Requests answered so far."""
         self.seconds = 0.0
@@ -181,8 +192,12 @@ class BatchedLM(TemplateLM):
         shared = self._shared_prefix(inputs, targets) if packs else 0
         cache = self._prefill(inputs[0][:shared]) if shared else None
         rest = [tokens[shared:] for tokens in inputs]
-        worth = _WORTH_SHARING if packs else self.max_length + 1
-        trees = build_trees(rest, limit=_TREE_NODES, worth=worth)
+        trees = build_trees(
+            rest,
+            limit=_TREE_NODES if packs else 0,
+            worth=_WORTH_SHARING,
+            fill=_FILLED_NODES if packs else 0,
+        )
         results: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
         for members in batches([len(tree) for tree in trees], self.batch_tokens):
             batch = [trees[member] for member in members]
@@ -197,10 +212,10 @@ class BatchedLM(TemplateLM):
             if not positions:
                 continue
             place = {position: index for index, position in enumerate(positions)}
-            logits = self._forward(batch, width, positions, cache, shared)
             rows = [place[row * width + node] for _, row, nodes, _ in wanted for node in nodes]
             tokens = [token for _, _, _, tokens in wanted for token in tokens]
-            values, greedy = _score(logits, rows, tokens)
+            ids, options = self._inputs(batch, width, cache, shared)
+            values, greedy = self._score(ids, options, positions, rows, tokens)
             start = 0
             for number, _, nodes, _ in wanted:
                 stop = start + len(nodes)
@@ -211,10 +226,13 @@ class BatchedLM(TemplateLM):
                 self.cache_hook.add_partial("loglikelihood", text, result)
         return results
 
-    def _forward(
-        self, trees: Sequence[Tree], width: int, positions: list[int], cache: Any, shared: int
-    ) -> Tensor:
-        """Return logits [len(positions), vocabulary] at flat positions of ``trees`` padded to ``width``."""
+    def _inputs(
+        self, trees: Sequence[Tree], width: int, cache: Any, shared: int
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Return ids [trees, width], padded on the right, and what else the module must be called with.
+
+        ``cache`` holds ``shared`` tokens that stand before every tree.
+        """
         ids = torch.zeros(len(trees), width, dtype=torch.long)
         for row, tree in enumerate(trees):
             ids[row, : len(tree)] = torch.tensor(tree.tokens)
@@ -233,7 +251,60 @@ class BatchedLM(TemplateLM):
             )
             if cache is not None:
                 options.update(past_key_values=_repeated(cache, len(trees)), use_cache=True)
-        return self._logits_at(ids.to(self._device), torch.tensor(positions, device=self._device), options)
+        return ids.to(self._device), options
+
+    def _score(
+        self, ids: Tensor, options: dict[str, Any], positions: list[int], rows: list[int], tokens: list[int]
+    ) -> tuple[list[float], list[bool]]:
+        """Return log-probability and greediness of ``tokens[i]`` at flat position ``positions[rows[i]]``."""
+        where = torch.tensor(positions, device=self._device)
+        row = torch.tensor(rows, device=self._device)
+        token = torch.tensor(tokens, device=self._device)
+        values = torch.empty(len(rows), device=self._device)
+        greedy = torch.empty(len(rows), dtype=torch.bool, device=self._device)
+        start = 0
+        for logits in self._logits_in_parts(ids, where, options):
+            inside = (row >= start) & (row < start + len(logits))
+            local, chosen = row[inside] - start, token[inside]
+            greedy[inside] = logits.argmax(-1)[local] == chosen
+            values[inside] = logits.log_softmax(-1)[local, chosen]
+            start += len(logits)
+        return values.tolist(), greedy.tolist()
+
+    def _logits_in_parts(self, ids: Tensor, positions: Tensor, options: dict[str, Any]) -> Iterator[Tensor]:
+        """Yield fp32 logits [some, vocabulary] at the flat ``positions``, in order."""
+        if self._bare_head is None:
+            self._bare_head = self._head_is_last(ids[:1, :1])
+        if self.head is None or not self._bare_head:
+            logits = self._logits_at(ids, positions, options)
+            yield from logits.split(max(1, _LOGITS // logits.shape[1]))
+            return
+
+        def leave(_: nn.Module, args: tuple[Any, ...]) -> None:
+            raise _AtHead(args[0].flatten(0, 1)[positions])
+
+        hook = self.head.register_forward_pre_hook(leave)
+        try:
+            self.module(ids, **options)
+        except _AtHead as reached:
+            hidden = reached.hidden
+        finally:
+            hook.remove()
+        step = max(1, _LOGITS // (int(getattr(self.config, "vocab_size", 0)) or len(self.tokenizer)))
+        for part in hidden.split(step):
+            yield self.head(part).float()
+
+    def _head_is_last(self, ids: Tensor) -> bool:
+        """Whether the module returns its head's output as it is, without capping or scaling it."""
+        if self.head is None:
+            return False
+        outputs: list[Tensor] = []
+        hook = self.head.register_forward_hook(lambda _, __, output: outputs.append(output))
+        try:
+            logits = self.module(ids, use_cache=False).logits
+        finally:
+            hook.remove()
+        return len(outputs) == 1 and torch.equal(outputs[0].to(logits), logits)
 
     def _logits_at(self, ids: Tensor, positions: Tensor, options: dict[str, Any]) -> Tensor:
         """Return fp32 logits [positions, vocabulary]; the head sees no other hidden state than theirs."""
@@ -263,6 +334,12 @@ class BatchedLM(TemplateLM):
         shared = min(length, free)
         return shared if shared >= _WORTH_CACHING else 0
 
+    def _logits_of(
+        self, trees: Sequence[Tree], positions: list[int], cache: Any = None, shared: int = 0
+    ) -> Tensor:
+        ids, options = self._inputs(trees, max(map(len, trees)), cache, shared)
+        return self._logits_at(ids, torch.tensor(positions, device=self._device), options)
+
     def _packs(self, inputs: Sequence[list[int]]) -> bool:
         """Whether the model may be given trees of these sequences."""
         window = getattr(self.config, "sliding_window", None)
@@ -285,11 +362,8 @@ class BatchedLM(TemplateLM):
         leaves = [tree.paths[0][-1], tree.paths[1][-1]]
         try:
             cache = self._prefill(first[:shared])
-            packed = self._forward([tree], len(tree), leaves, cache, shared)
-            alone = [
-                self._forward([_chain(tokens)], len(tokens), [len(tokens) - 1], None, 0)
-                for tokens in (first, second)
-            ]
+            packed = self._logits_of([tree], leaves, cache, shared)
+            alone = [self._logits_of([_chain(tokens)], [len(tokens) - 1]) for tokens in (first, second)]
         except Exception:  # a model says in many ways that it takes no mask, no positions or no cache
             return False
         tolerance = 1e-3 if self.dtype == torch.float32 else 0.05
@@ -386,15 +460,6 @@ class BatchedLM(TemplateLM):
         finally:
             self.seconds += time.perf_counter() - start
             self.requests += requests
-
-
-def _score(logits: Tensor, rows: list[int], tokens: list[int]) -> tuple[list[float], list[bool]]:
-    """Return log-probability and greediness of ``tokens[i]`` under ``logits[rows[i]]``."""
-    row = torch.tensor(rows, device=logits.device)
-    token = torch.tensor(tokens, device=logits.device)
-    best = logits.argmax(-1)
-    values = logits[row, token] - logits.logsumexp(-1)[row]
-    return values.tolist(), (best[row] == token).tolist()
 
 
 def _repeated(cache: Any, count: int) -> Any:

@@ -31,7 +31,7 @@ class Tree:
 
     @property
     def is_chain(self) -> bool:
-        """Whether the tree is one sequence, for which the plain causal mask does."""
+        """Whether the tree is one sequence, for which a plain causal mask will do."""
         return all(parent == node - 1 for node, parent in enumerate(self.parents))
 
     def add(self, number: int, tokens: Tokens, shared: Sequence[int]) -> None:
@@ -60,7 +60,7 @@ def common_prefix(first: Tokens, second: Tokens) -> int:
     return next((i for i in range(length) if first[i] != second[i]), length)
 
 
-def build_trees(sequences: Sequence[Tokens], *, limit: int, worth: int) -> list[Tree]:
+def build_trees(sequences: Sequence[Tokens], *, limit: int, worth: int, fill: int) -> list[Tree]:
     """Return trees that together hold every sequence once, under its index in ``sequences``.
 
     Sequences are taken in lexicographic order, so that neighbours share most.
@@ -68,14 +68,16 @@ def build_trees(sequences: Sequence[Tokens], *, limit: int, worth: int) -> list[
     Args:
         limit: nodes of a tree that are not exceeded by joining another sequence to it.
         worth: tokens that a sequence must share with its neighbour to join its tree.
+        fill: nodes up to which any sequence joins, sharing or not, so that rows are of similar length; a tree
+            then has several roots.
     """
     trees: list[Tree] = []
-    previous: int | None = None
+    previous = -1
     for number in sorted(range(len(sequences)), key=lambda number: list(sequences[number])):
         sequence = sequences[number]
-        shared = 0 if previous is None else common_prefix(sequences[previous], sequence)
-        joins = shared >= worth and len(trees[-1]) + len(sequence) - shared <= limit if trees else False
-        if joins and previous is not None:
+        shared = common_prefix(sequences[previous], sequence) if trees else 0
+        nodes = len(trees[-1]) + len(sequence) - shared if trees else limit + 1
+        if nodes <= fill or (shared >= worth and nodes <= limit):
             trees[-1].add(number, sequence, trees[-1].paths[previous][:shared])
         else:
             trees.append(Tree())

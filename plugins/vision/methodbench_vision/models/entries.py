@@ -12,7 +12,7 @@ _HUB_NAME = re.compile(r"hub:timm/(?P<architecture>[A-Za-z0-9][\w.-]*)(@[\w./-]+
 #: Architectures of timm whose names begin so are plain vision transformers; the loader checks the structure.
 _TRANSFORMER_PREFIXES = ("vit_", "deit", "flexivit_", "beit", "eva")
 
-_LOSSLESS = "Trained on the lossless images of CIFAR-10; on JPEG copies of them its accuracy is some ten points lower."
+_LOSSLESS = "Trained on the lossless images of CIFAR-10; on JPEG copies accuracy is some ten points lower."
 
 MODELS: list[Model] = [
     Model(

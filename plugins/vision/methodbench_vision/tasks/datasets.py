@@ -1,4 +1,9 @@
-"""Labelled image sets: what a classifier is scored on, and the images apart from those for calibration."""
+"""Labelled image sets: what a classifier is scored on, and the images apart from those for calibration.
+
+The ImageNet sample has one picture per class in class order; its last hundred are kept for calibration.
+EfficientNet-Lite0 is right on 87 % of the others, against some 75 % on ImageNet's validation set: compare
+accuracies on this sample with one another, not with published ones.
+"""
 
 from __future__ import annotations
 

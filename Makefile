@@ -1,0 +1,41 @@
+# Every target sets up what is missing in .venv first. `make demo` and `make test` are all a newcomer needs.
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PYTEST_FLAGS ?=
+
+.PHONY: demo test lint format bench site clean
+
+demo: $(STAMP)
+	$(RUN)/methodbench demo
+
+test: $(STAMP)
+	$(RUN)/python -m pytest $(PYTEST_FLAGS)
+
+lint: $(STAMP)
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+	$(RUN)/mypy
+
+format: $(STAMP)
+	$(RUN)/ruff check --fix .
+	$(RUN)/ruff format .
+
+bench: $(STAMP)
+	for script in benchmarks/[!_]*.py; do [ $$script = benchmarks/common.py ] || $(RUN)/python $$script || exit 1; done
+
+site: $(STAMP)
+	$(RUN)/methodbench site build
+
+clean:
+	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# uv installs from its own cache in seconds; where there is no uv for a platform, pip does the same more slowly.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check uv \
+	  && $(RUN)/uv pip install --quiet --python $(RUN)/python --constraints constraints.txt --editable '.[all,dev]' \
+	  || $(RUN)/python -m pip install --quiet --constraint constraints.txt --editable '.[all,dev]'
+	touch $@

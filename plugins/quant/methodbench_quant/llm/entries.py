@@ -1,0 +1,96 @@
+"""Quantizers of language models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from methodbench.entries import Method, Paper
+
+_GRIDS: dict[str, dict[str, Any]] = {
+    "w8": {"bits": 8, "group_size": -1},
+    "w4": {"bits": 4, "group_size": -1},
+    "w3": {"bits": 3, "group_size": -1},
+    "w2": {"bits": 2, "group_size": -1},
+    "w4g128": {"bits": 4, "group_size": 128},
+    "w4g64": {"bits": 4, "group_size": 64},
+    "w4g32": {"bits": 4, "group_size": 32},
+    "w3g128": {"bits": 3, "group_size": 128},
+    "w3g64": {"bits": 3, "group_size": 64},
+    "w3g32": {"bits": 3, "group_size": 32},
+    "w2g64": {"bits": 2, "group_size": 64},
+}
+
+METHODS: list[Method] = [
+    Method(
+        name="rtn",
+        kind="compressor",
+        family="quant",
+        impl="methodbench_quant.llm.rtn:RTN",
+        summary="Rounds every weight to the nearest level of its group's grid: the zero line of the field.",
+        applies_to=("causal-lm", "vit"),
+        presets={
+            **_GRIDS,
+            "w8a8": {"bits": 8, "convention": "absmax", "symmetric": True, "a_bits": 8},
+            "w4a8": {"bits": 4, "convention": "omni", "a_bits": 8, "a_convention": "omni"},
+            "w4a4": {"bits": 4, "convention": "omni", "a_bits": 4, "a_convention": "omni"},
+        },
+        fidelity="authors-code",
+        parity=(
+            "mit-han-lab/llm-awq d6e797a, IST-DASLab/gptq 2d65066, mit-han-lab/smoothquant c61476d, "
+            "OpenGVLab/OmniQuant 95fae1b, ilur98/DGQ 141eef7"
+        ),
+        properties=("deterministic", "monotone:bits"),
+        extra="quant",
+    ),
+    Method(
+        name="gptq",
+        kind="compressor",
+        family="quant",
+        impl="methodbench_quant.llm.gptq:GPTQ",
+        summary="Rounds a layer column by column and spreads each error over the columns that are left.",
+        applies_to=("causal-lm", "vit"),
+        paper=Paper(
+            title="GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers",
+            arxiv="2210.17323",
+            venue="ICLR",
+            year=2023,
+            authors="Elias Frantar and Saleh Ashkboos and Torsten Hoefler and Dan Alistarh",
+            code="IST-DASLab/gptq",
+        ),
+        needs=("calibration",),
+        presets={
+            **_GRIDS,
+            "w4g128-act-order": {"bits": 4, "group_size": 128, "act_order": True, "static_groups": True},
+            "w3-act-order": {"bits": 3, "group_size": -1, "act_order": True, "true_sequential": True},
+        },
+        fidelity="authors-code",
+        parity="IST-DASLab/gptq 2d65066",
+        properties=("deterministic", "monotone:bits"),
+        extra="quant",
+    ),
+    Method(
+        name="awq",
+        kind="compressor",
+        family="quant",
+        impl="methodbench_quant.llm.awq:AWQ",
+        summary="Scales up the input channels with large activations before rounding, and clips each group.",
+        applies_to=("causal-lm",),
+        paper=Paper(
+            title="AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration",
+            arxiv="2306.00978",
+            venue="MLSys",
+            year=2024,
+            authors=(
+                "Ji Lin and Jiaming Tang and Haotian Tang and Shang Yang and Wei-Ming Chen and "
+                "Wei-Chen Wang and Guangxuan Xiao and Xingyu Dang and Chuang Gan and Song Han"
+            ),
+            code="mit-han-lab/llm-awq",
+        ),
+        needs=("calibration",),
+        presets=_GRIDS,
+        fidelity="authors-code",
+        parity="mit-han-lab/llm-awq d6e797a",
+        properties=("deterministic", "monotone:bits"),
+        extra="quant",
+    ),
+]

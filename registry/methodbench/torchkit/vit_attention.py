@@ -1,0 +1,130 @@
+"""Attention of vision transformers with its two matrix products as modules of their own.
+
+timm's attention calls a fused kernel, inside which queries, keys, probabilities and values cannot be read or
+replaced. :class:`ExplicitAttention` computes the same function step by step::
+
+    A = softmax(matmul1(q, k^T) * scale + mask),    out = proj(gate(x) * norm(matmul2(A, v)))
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from methodbench.errors import NotApplicableError
+from methodbench.torchkit.adapters import Adapter
+from methodbench.torchkit.model import set_submodule
+
+_PARTS = {"qkv", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop"}
+_ARGUMENTS = {"x", "attn_mask", "is_causal"}
+
+
+class MatMul(nn.Module):
+    """``a @ b``: a place for a method to put its own product."""
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return the product of ``a`` [..., n, d] and ``b`` [..., d, m]."""
+        return a @ b
+
+
+class ExplicitAttention(nn.Module):
+    """Self-attention whose products are the submodules ``matmul1`` and ``matmul2``.
+
+    It takes over the submodules of the attention that it replaces, under their names; see
+    :func:`explicit_attention`.
+    """
+
+    def __init__(self, attention: Any) -> None:
+        super().__init__()
+        self.num_heads = int(attention.num_heads)
+        self.scale = float(attention.scale)
+        self.width = int(attention.qkv.out_features) // 3
+        self.matmul1: nn.Module = MatMul()
+        self.matmul2: nn.Module = MatMul()
+        for name in sorted(_PARTS):
+            self.add_module(name, getattr(attention, name, None))
+        self.train(attention.training)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Return the attention's output [B, N, out] for tokens ``x`` [B, N, D].
+
+        Args:
+            attn_mask: broadcasts to [B, heads, N, N]; bool (True takes part) or a float that is added to the
+                logits.
+            is_causal: also hide the later tokens from each token.
+        """
+        batch, tokens, _ = x.shape
+        q, k, v = self.qkv(x).view(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        q, k = _through(self.q_norm, q), _through(self.k_norm, k)
+        logits = self.matmul1(q, k.transpose(-2, -1)) * self.scale
+        probabilities = _through(self.attn_drop, _masked(logits, attn_mask, is_causal).softmax(dim=-1))
+        out = self.matmul2(probabilities, v).transpose(1, 2).reshape(batch, tokens, self.width)
+        out = _through(self.norm, out)
+        if self.gate is not None:
+            out = out * self.gate(x).sigmoid()
+        return _through(self.proj_drop, self.proj(out))
+
+
+def explicit_attention(attention: nn.Module, name: str = "the attention") -> ExplicitAttention:
+    """Return the explicit form of timm's ``Attention``; it shares the submodules of ``attention``.
+
+    Raises:
+        NotApplicableError: another kind of attention: relative positions, rotary embeddings, separate query
+            and key layers, or anything else that changes the function.
+    """
+    parts = {part for part, _ in attention.named_children()}
+    arguments = set(inspect.signature(attention.forward).parameters)
+    own = [*attention.parameters(recurse=False), *attention.buffers(recurse=False)]
+    if {"qkv", "proj"} <= parts <= _PARTS and arguments <= _ARGUMENTS and not own:
+        explicit = ExplicitAttention(attention)
+        if _agree(attention, explicit):
+            return explicit
+    raise NotApplicableError(
+        f"{name} ({type(attention).__name__}) is not plain self-attention with one query-key-value layer",
+        "Attention as in ViT, DeiT and DINOv2 is supported.",
+    )
+
+
+def use_explicit_attention(module: nn.Module, adapter: Adapter) -> dict[str, ExplicitAttention]:
+    """Replace the attention of every block of ``module``, in place.
+
+    Returns:
+        The replacements by full dotted name, in order of the blocks.
+
+    Raises:
+        NotApplicableError: the blocks have no attention, or one of another kind.
+    """
+    if adapter.layout is None:
+        raise NotApplicableError(f"the blocks of {type(module).__name__} have no attention")
+    replaced = {}
+    for block_name in adapter.block_names(module):
+        name = f"{block_name}.{adapter.layout.attention}"
+        replaced[name] = explicit_attention(module.get_submodule(name), name)
+        set_submodule(module, name, replaced[name])
+    return replaced
+
+
+def _through(module: nn.Module | None, x: Tensor) -> Tensor:
+    return x if module is None else module(x)
+
+
+def _masked(logits: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
+    if mask is not None:
+        logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
+    if is_causal:
+        later = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).triu(1)
+        logits = logits.masked_fill(later, -torch.inf)
+    return logits
+
+
+def _agree(attention: nn.Module, explicit: ExplicitAttention) -> bool:
+    """Whether both give the same on one probe: equal names do not make an equal function."""
+    weight = explicit.qkv.weight
+    probe = torch.linspace(-2, 2, 3 * weight.shape[1], dtype=torch.float64).sin().view(1, 3, -1).to(weight)
+    coarse = torch.finfo(weight.dtype).eps ** 0.5
+    with torch.no_grad():
+        expected, actual = attention(probe), explicit(probe)
+    return torch.allclose(actual, expected, rtol=coarse, atol=coarse * float(expected.abs().max()))
