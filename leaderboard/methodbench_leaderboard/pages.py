@@ -38,6 +38,7 @@ from methodbench_leaderboard.aggregate import (
     find_task,
     make_boards,
     metric_info,
+    number,
     read_records,
     utc,
 )
@@ -165,6 +166,7 @@ class _Site:
             self.jinja.filters[name] = getattr(formats, name)
         self.jinja.filters["finite"] = lambda value: value is not None and math.isfinite(value)
         self.jinja.filters["sortable"] = _sortable
+        self.jinja.filters["score"] = lambda value: formats.number(number(value))
         self.jinja.globals.update(
             run_path=lambda run_id: f"runs/{formats.run_slug(run_id)}.html",
             method_path=lambda name: f"methods/{formats.slug(name)}.html",
@@ -187,7 +189,9 @@ class _Site:
         }
         methods = self._methods()
         counts = Counter(run.status for run in self.records.runs)
-        self._page("index.html", "home.html", section="boards", boards=boards, counts=counts, **self._failures())
+        self._page(
+            "index.html", "home.html", section="boards", boards=boards, counts=counts, **self._failures()
+        )
         for view in boards:
             self._page(view.path, "board.html", section="boards", view=view)
         runs_of: dict[str, list[Run]] = defaultdict(list)
@@ -200,7 +204,9 @@ class _Site:
         self._page("runs.html", "runs.html", section="runs", runs=newest_first)
         for run in self.records.runs:
             self._run_page(run, on_boards.get(run.id, ""))
-        self._page("about.html", "about.html", section="about", counts=counts, boards=boards, catalog=self.catalog)
+        self._page(
+            "about.html", "about.html", section="about", counts=counts, boards=boards, catalog=self.catalog
+        )
         self._write("results.csv", self._csv())
         self._write("results.json", self._json())
         source = Path(__file__).parent / "static"
@@ -228,14 +234,19 @@ class _Site:
     def _board_view(self, board: Board) -> _BoardView:
         family, kind = formats.slug(board.family.name), board.model_kind
         tables = [self._table_view(board, table) for table in board.tables]
-        lead = max(tables, key=lambda view: (sum(map(len, (group.rows for group in view.table.groups))), view.columns))
+        lead = max(
+            tables,
+            key=lambda view: (sum(map(len, (group.rows for group in view.table.groups))), view.columns),
+        )
         sketch = _pareto(lead.table, lead.questions[0].question, sketch=True)[0]
         top = [row for group in lead.table.groups for row in group.rows][:5]
         return _BoardView(
             board=board,
             path=f"boards/{family}/{formats.slug(kind)}.html" if kind else f"boards/{family}.html",
             tables=tables,
-            runs=len({run.id for t in board.tables for row in t.rows for c in row.cells.values() for run in c.runs}),
+            runs=len(
+                {run.id for t in board.tables for row in t.rows for c in row.cells.values() for run in c.runs}
+            ),
             sketch=sketch,
             top=top,
             lead=lead,
@@ -244,14 +255,16 @@ class _Site:
     def _table_view(self, board: Board, table: Table) -> _TableView:
         costs = {row.key: row.cost_cell(table.questions) for row in table.rows}
         names = ("bits_per_weight", "model_bytes", "wall_seconds", "peak_memory_bytes", "throughput")
-        shows = {name for name in names if any(cell and cell.mean(name) is not None for cell in costs.values())}
+        shows = {
+            name for name in names if any(cell and cell.mean(name) is not None for cell in costs.values())
+        }
         if any(run.storage for cell in costs.values() if cell for run in cell.scored):
             shows.add("storage")
         return _TableView(
             table=table,
             questions=[
-                self._question_view(table, question, f"{table.anchor}-{number}")
-                for number, question in enumerate(table.questions, 1)
+                self._question_view(table, question, f"{table.anchor}-{place}")
+                for place, question in enumerate(table.questions, 1)
             ],
             costs=costs,
             missing=board.missing(table, self.catalog),
@@ -261,12 +274,18 @@ class _Site:
 
     def _question_view(self, table: Table, question: Question, anchor: str) -> _QuestionView:
         scored = [
-            (row, row.cells[question.key]) for row in table.rows if question.key in row.cells and row.cells[question.key].primary
+            (row, row.cells[question.key])
+            for row in table.rows
+            if question.key in row.cells and row.cells[question.key].primary
         ]
         estimates = {row.key: cell.primary for row, cell in scored if cell.primary is not None}
         baseline = next((estimates[row.key].value for row, _ in scored if row.baseline), None)
         strips = charts.make_strips(
-            [(estimates[row.key].value, estimates[row.key].low, estimates[row.key].high) for row, _ in scored], baseline
+            [
+                (estimates[row.key].value, estimates[row.key].low, estimates[row.key].high)
+                for row, _ in scored
+            ],
+            baseline,
         )
         pareto, cost_label = _pareto(table, question)
         forest = charts.forest_chart(
@@ -278,7 +297,11 @@ class _Site:
                 for row, cell in scored
             ][:40]
         )  # fmt: skip
-        metrics = {metric.name: metric for _, cell in scored for metric in (e.metric for e in cell.estimates.values())}
+        metrics = {
+            metric.name: metric
+            for _, cell in scored
+            for metric in (e.metric for e in cell.estimates.values())
+        }
         primary = question.metric.name if question.metric else ""
         return _QuestionView(
             question=question,
@@ -362,7 +385,9 @@ class _Site:
     def _csv(self) -> str:
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow([*_RUN_FIELDS, "started_at", *(f"metric_{name}" for name in _METRIC_FIELDS), "params"])
+        writer.writerow(
+            [*_RUN_FIELDS, "started_at", *(f"metric_{name}" for name in _METRIC_FIELDS), "params"]
+        )
         for run in self.records.runs:
             for metric in self.records.metrics.get(run.id, []) or [None]:
                 writer.writerow(
@@ -399,7 +424,18 @@ _RUN_FIELDS = (
     "methodbench_version", "method_digest", "weights_digest", "data_digest", "environment_digest",
 )  # fmt: skip
 _JSON_FIELDS = ("params", "params_passed", "task_params", "phases", "facts", "warnings")
-_METRIC_FIELDS = ("name", "title", "unit", "direction", "aggregate", "primary", "value", "low", "high", "units")
+_METRIC_FIELDS = (
+    "name",
+    "title",
+    "unit",
+    "direction",
+    "aggregate",
+    "primary",
+    "value",
+    "low",
+    "high",
+    "units",
+)
 
 
 def _csv_cell(value: Any) -> Any:
@@ -442,7 +478,9 @@ _COSTS = (
 )
 
 
-def _pareto(table: Table, question: Question, *, sketch: bool = False) -> tuple[charts.ParetoChart | None, str]:
+def _pareto(
+    table: Table, question: Question, *, sketch: bool = False
+) -> tuple[charts.ParetoChart | None, str]:
     if question.metric is None or not question.model:
         return None, ""
     size = {"width": 240.0, "height": 96.0} if sketch else {}
@@ -466,7 +504,9 @@ def _pareto(table: Table, question: Question, *, sketch: bool = False) -> tuple[
                     simulated,
                 )
             )
-        chart = charts.pareto_chart(points, lower_is_better=question.metric.lower_is_better, sketch=sketch, **size)
+        chart = charts.pareto_chart(
+            points, lower_is_better=question.metric.lower_is_better, sketch=sketch, **size
+        )
         if chart is not None:
             return chart, label
     return None, ""

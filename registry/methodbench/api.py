@@ -130,9 +130,8 @@ def compare(a: str, b: str, *, db: str | None = None) -> list[PairedResult]:
 
 def build_site(out: str | Path = "site", *, db: str | None = None, catalog: Catalog | None = None) -> Path:
     """Build the leaderboard from the database and return the path of its first page."""
-    from methodbench_leaderboard import build
-
     from methodbench.store import open_store
+    from methodbench_leaderboard import build
 
     with open_store(db, create=False) as store:
         return build(store, catalog or load_catalog(), Path(out))

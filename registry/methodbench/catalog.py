@@ -66,7 +66,9 @@ class Catalog:
 
     def model(self, name: str) -> Model:
         """Return a listed model, or one that a plugin can describe from a qualified name."""
-        return self.models.get(name) or self._named("model", name, Model) or _lookup("model", name, self.models)
+        return (
+            self.models.get(name) or self._named("model", name, Model) or _lookup("model", name, self.models)
+        )
 
     def task(self, name: str) -> Task:
         """Return a listed task, or one that a plugin can describe from a qualified name."""
@@ -111,9 +113,7 @@ class Catalog:
         return ""
 
 
-def load_catalog(
-    *, without: Iterable[str] = (), points: Iterable[EntryPoint] | None = None
-) -> Catalog:
+def load_catalog(*, without: Iterable[str] = (), points: Iterable[EntryPoint] | None = None) -> Catalog:
     """Load every plugin and join what they offer.
 
     Args:
@@ -208,5 +208,3 @@ def load_implementation(path: str) -> Any:
     module_name, _, attribute = path.partition(":")
     module = __import__(module_name, fromlist=[attribute])
     return getattr(module, attribute)
-
-

@@ -55,7 +55,9 @@ def compare_methods(store: Store, a: str, b: str) -> list[PairedResult]:
     groups: dict[str, tuple[dict[int, Run], dict[int, Run]]] = {}
     for run_a in chosen_a:
         for run_b in chosen_b:
-            if _question(run_a) == _question(run_b) and (named or run_a.variant == run_b.variant or _sole(chosen_b)):
+            if _question(run_a) == _question(run_b) and (
+                named or run_a.variant == run_b.variant or _sole(chosen_b)
+            ):
                 label = canonical_json([_question(run_a) | {"seed": None}, run_a.variant, run_b.variant])
                 of_a, of_b = groups.setdefault(label, ({}, {}))
                 of_a[run_a.seed], of_b[run_b.seed] = run_a, run_b
@@ -95,7 +97,17 @@ def _sole(runs: Sequence[Run]) -> bool:
 
 def _question(run: Run) -> dict[str, object]:
     """Return what two runs must share for their difference to be about the methods alone."""
-    asked = ("model", "weights_digest", "task", "task_params", "protocol", "data_digest", "seed", "dtype", "device_class")
+    asked = (
+        "model",
+        "weights_digest",
+        "task",
+        "task_params",
+        "protocol",
+        "data_digest",
+        "seed",
+        "dtype",
+        "device_class",
+    )
     return {name: run.identity[name] for name in asked}
 
 

@@ -135,7 +135,9 @@ class Method:
         _check_name("family", self.family)
         _check_impl(f"method {self.name}", self.impl)
         if self.fidelity not in FIDELITIES:
-            raise EntryError(f"method {self.name}: fidelity {self.fidelity!r} is not one of {', '.join(FIDELITIES)}")
+            raise EntryError(
+                f"method {self.name}: fidelity {self.fidelity!r} is not one of {', '.join(FIDELITIES)}"
+            )
         for preset in self.presets:
             _check_name(f"method {self.name}: preset", preset)
 

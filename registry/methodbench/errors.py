@@ -66,7 +66,8 @@ class MissingExtraError(MethodbenchError):
 
     def __init__(self, what: str, module: str, install: str = "") -> None:
         super().__init__(
-            f"{what} needs the package {module!r}, which is not installed", f"pip install '{install or module}'"
+            f"{what} needs the package {module!r}, which is not installed",
+            f"pip install '{install or module}'",
         )
 
 

@@ -58,7 +58,7 @@ def build(cls: type[T], passed: Mapping[str, Any], owner: str) -> T:
 
 def resolve(cls: type, passed: Mapping[str, Any], owner: str) -> dict[str, Any]:
     """Return every hyperparameter with its value, defaults filled in, as JSON-ready values."""
-    instance = build(cls, passed, owner)
+    instance: Any = build(cls, passed, owner)
     return TypeAdapter(cls).dump_python(instance, mode="json")
 
 
@@ -90,7 +90,14 @@ def _type_name(spec: Mapping[str, Any]) -> str:
         return " or ".join(_type_name(option) for option in spec["anyOf"])
     if "enum" in spec or "const" in spec:
         return "choice"
-    names = {"integer": "int", "number": "float", "string": "str", "boolean": "bool", "array": "list", "null": "none"}
+    names = {
+        "integer": "int",
+        "number": "float",
+        "string": "str",
+        "boolean": "bool",
+        "array": "list",
+        "null": "none",
+    }
     return names.get(spec.get("type", ""), spec.get("type", "any"))
 
 

@@ -106,7 +106,9 @@ class Segmenter(Protocol):
 class Probe(Protocol):
     """Measurements of a model that change nothing."""
 
-    def measure(self, model: LoadedModel, data: Calibration, ctx: Context) -> Mapping[str, np.ndarray | float]:
+    def measure(
+        self, model: LoadedModel, data: Calibration, ctx: Context
+    ) -> Mapping[str, np.ndarray | float]:
         """Return named scalars and arrays."""
         ...
 

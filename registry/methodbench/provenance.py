@@ -142,7 +142,17 @@ def _processor() -> dict[str, str]:
             if key.strip() == "model name":
                 info["model"] = value.strip()
             elif key.strip() in ("flags", "Features"):
-                wanted = ("avx", "avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8", "fma", "asimd")
+                wanted = (
+                    "avx",
+                    "avx2",
+                    "avx512f",
+                    "avx512_bf16",
+                    "avx512_vnni",
+                    "amx_bf16",
+                    "amx_int8",
+                    "fma",
+                    "asimd",
+                )
                 info["flags"] = " ".join(flag for flag in wanted if flag in value.split())
                 break
     except OSError:
@@ -175,7 +185,9 @@ def _commit() -> dict[str, Any]:
     if not (root / ".git").exists():
         return {}
     try:
-        run = functools.partial(subprocess.run, cwd=root, capture_output=True, text=True, timeout=10, check=True)
+        run = functools.partial(
+            subprocess.run, cwd=root, capture_output=True, text=True, timeout=10, check=True
+        )
         commit = run(["git", "rev-parse", "HEAD"]).stdout.strip()
         dirty = bool(run(["git", "status", "--porcelain", "--untracked-files=no"]).stdout.strip())
     except (OSError, subprocess.SubprocessError):

@@ -146,7 +146,13 @@ def _sign_flip_p(differences: Array, draws: int, seed: int) -> float:
 
 
 def rank_intervals(
-    scores: Array, how: str, *, lower_is_better: bool, draws: int = DRAWS, level: float = LEVEL, seed: int = SEED
+    scores: Array,
+    how: str,
+    *,
+    lower_is_better: bool,
+    draws: int = DRAWS,
+    level: float = LEVEL,
+    seed: int = SEED,
 ) -> NDArray[np.int64]:
     """Ranks with bootstrap intervals, from paired per-unit scores.
 
@@ -171,7 +177,9 @@ def rank_intervals(
         filled.shape[1],
         draws,
         seed,
-        lambda index: ranks(np.stack([_reduce(row[index], how) for row in filled], axis=1)).astype(np.float64),
+        lambda index: ranks(np.stack([_reduce(row[index], how) for row in filled], axis=1)).astype(
+            np.float64
+        ),
     )
     tail = 100 * (1 - level) / 2
     low = np.percentile(drawn, tail, axis=0, method="lower").astype(np.int64)
@@ -181,6 +189,6 @@ def rank_intervals(
 
 def pareto_front(costs: Array) -> NDArray[np.bool_]:
     """Return which of the points [points, criteria] no other point beats on every criterion (lower is better)."""
-    better_or_equal = (costs[None, :, :] <= costs[:, None, :]).all(axis=2)
-    strictly = (costs[None, :, :] < costs[:, None, :]).any(axis=2)
-    return ~(better_or_equal & strictly).any(axis=1)
+    better_or_equal = np.all(costs[None, :, :] <= costs[:, None, :], axis=2)
+    strictly = np.any(costs[None, :, :] < costs[:, None, :], axis=2)
+    return ~np.any(better_or_equal & strictly, axis=1)

@@ -72,7 +72,9 @@ class MethodUse(_Strict):
         for preset in self.presets:
             if preset not in method.presets:
                 raise UnknownNameError(f"preset of {method.name}", preset, method.presets)
-        bases: list[tuple[str, Mapping[str, Any]]] = [(name, method.presets[name]) for name in self.presets] or [("", {})]
+        bases: list[tuple[str, Mapping[str, Any]]] = [
+            (name, method.presets[name]) for name in self.presets
+        ] or [("", {})]
         found = []
         for (preset, base), values in itertools.product(bases, itertools.product(*self.grid.values())):
             varied = dict(zip(self.grid, values, strict=True))
@@ -107,8 +109,8 @@ class Comparison(_Strict):
     """One grid of a suite."""
 
     title: str = Field(default="", description="what is compared, for the reader")
-    methods: Annotated[list[Annotated[MethodUse, BeforeValidator(_method_named)]], Field(min_length=1)] = Field(
-        description="methods and their settings"
+    methods: Annotated[list[Annotated[MethodUse, BeforeValidator(_method_named)]], Field(min_length=1)] = (
+        Field(description="methods and their settings")
     )
     models: list[str] = Field(default=[], description="names of models; none where the tasks bring their own")
     tasks: Annotated[list[Annotated[TaskUse, BeforeValidator(_named)]], Field(min_length=1)] = Field(
@@ -120,8 +122,12 @@ class Comparison(_Strict):
     dtype: Literal["float32", "float64", "bfloat16", "float16"] = Field(
         default="float32", description="floating-point type of models and tensors"
     )
-    device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] = Field(default="cpu", description="where cells run")
-    timeout: Annotated[float, Field(gt=0)] = Field(default=3600, description="seconds after which a cell is killed")
+    device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] = Field(
+        default="cpu", description="where cells run"
+    )
+    timeout: Annotated[float, Field(gt=0)] = Field(
+        default=3600, description="seconds after which a cell is killed"
+    )
     include: list[Pattern] = Field(default=[], description="run only cells that match one of these patterns")
     exclude: list[Pattern] = Field(default=[], description="leave out cells that match one of these patterns")
 
@@ -162,7 +168,9 @@ def load_suite(name_or_path: str | Path, catalog: Catalog) -> Suite:
         try:
             text = path.read_text(encoding="utf-8")
         except FileNotFoundError:
-            raise SuiteError(f"no suite file {path}", "`methodbench list suites` shows the suites that are shipped.") from None
+            raise SuiteError(
+                f"no suite file {path}", "`methodbench list suites` shows the suites that are shipped."
+            ) from None
         except (OSError, UnicodeDecodeError) as error:
             raise SuiteError(f"cannot read suite {path}: {error}") from error
         return parse_suite(text, str(path))
@@ -215,7 +223,13 @@ def _explain(error: ValidationError, text: str, filename: str) -> SuiteError:
 
 def _fields_at(loc: Sequence[Any]) -> list[str]:
     model: type[BaseModel] = Suite
-    steps = {"comparisons": Comparison, "methods": MethodUse, "tasks": TaskUse, "include": Pattern, "exclude": Pattern}
+    steps: dict[str, type[BaseModel]] = {
+        "comparisons": Comparison,
+        "methods": MethodUse,
+        "tasks": TaskUse,
+        "include": Pattern,
+        "exclude": Pattern,
+    }
     for part in loc:
         model = steps.get(part, model)
     return list(model.model_fields)

@@ -20,7 +20,9 @@ Cli = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def cli(catalog: Catalog, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Cli:
+def cli(
+    catalog: Catalog, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Cli:
     """Run a command against the toy plugin in a folder of its own; returns exit code, output and errors."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("methodbench.catalog.load_catalog", lambda **options: catalog)
@@ -44,7 +46,9 @@ def test_every_command_has_help_and_a_summary(cli: Cli) -> None:
 
 
 def test_help_and_list_import_nothing_heavy() -> None:
-    heavy = "{'torch', 'sqlmodel', 'sqlalchemy', 'polars', 'pydantic', 'numpy', 'rich', 'transformers', 'yaml'}"
+    heavy = (
+        "{'torch', 'sqlmodel', 'sqlalchemy', 'polars', 'pydantic', 'numpy', 'rich', 'transformers', 'yaml'}"
+    )
     for arguments in (["--help"], ["list"], ["list", "methods", "--json"]):
         code = (
             "import sys\nfrom methodbench.cli import main\n"
@@ -100,7 +104,20 @@ def test_run_results_show_compare_status_and_plan_work_together(cli: Cli) -> Non
 
 
 def test_the_command_of_a_record_runs_that_record_again(cli: Cli) -> None:
-    assert cli("run", "--method", "noop", "--param", "value=2.5", "--task", "toy-value", "--task-param", "units=3")[0] == 0
+    assert (
+        cli(
+            "run",
+            "--method",
+            "noop",
+            "--param",
+            "value=2.5",
+            "--task",
+            "toy-value",
+            "--task-param",
+            "units=3",
+        )[0]
+        == 0
+    )
     rows = json.loads(cli("results", "--json")[1])
     record = json.loads(cli("show", rows[0]["run"], "--json")[1])
     import shlex
@@ -128,10 +145,16 @@ def test_a_failed_cell_makes_exit_code_1_and_its_reason_is_shown(cli: Cli) -> No
         (("run",), "Give a suite"),
         (("run", "toy-suite", "--method", "noop"), "not both"),
         (("run", "--method", "nop", "--task", "toy-value"), "Did you mean noop"),
-        (("run", "--method", "noop", "--param", "value=11", "--task", "toy-value"), "noop: value = 11 is not valid"),
+        (
+            ("run", "--method", "noop", "--param", "value=11", "--task", "toy-value"),
+            "noop: value = 11 is not valid",
+        ),
         (("run", "--method", "noop", "--param", "value", "--task", "toy-value"), "does not read NAME=VALUE"),
         (("run", "--method", "noop", "--task", "toy-value", "--device", "tpu"), "device = 'tpu'"),
-        (("run", "--method", "noop", "--task", "toy-value", "--executor", "cloud"), "unknown executor 'cloud'"),
+        (
+            ("run", "--method", "noop", "--task", "toy-value", "--executor", "cloud"),
+            "unknown executor 'cloud'",
+        ),
         (("run", "absent.yaml"), "no suite file absent.yaml"),
         (("show", "nop"), "Did you mean noop"),
         (("results",), "no results yet"),
@@ -140,7 +163,9 @@ def test_a_failed_cell_makes_exit_code_1_and_its_reason_is_shown(cli: Cli) -> No
         (("list", "nonsense"), "nonsense"),
     ],
 )
-def test_a_mistake_gives_one_message_and_exit_code_2(cli: Cli, arguments: tuple[str, ...], message: str) -> None:
+def test_a_mistake_gives_one_message_and_exit_code_2(
+    cli: Cli, arguments: tuple[str, ...], message: str
+) -> None:
     code, out, err = cli(*arguments)
     assert code == 2, out
     assert message in err
@@ -191,7 +216,12 @@ def test_numbers_are_written_with_the_digits_that_matter() -> None:
     ]  # fmt: skip
     assert interval(1, 2.5) == "[1.000, 2.500]"
     assert interval(None, 1) == ""
-    assert [duration(value) for value in (0.02, 12.34, 75, 3700)] == ["20 ms", "12.3 s", "1 min 15 s", "1 h 01 min"]
+    assert [duration(value) for value in (0.02, 12.34, 75, 3700)] == [
+        "20 ms",
+        "12.3 s",
+        "1 min 15 s",
+        "1 h 01 min",
+    ]
     assert [size(value) for value in (None, 5, 2048, 5 * 2**30)] == ["–", "5 B", "2.0 KiB", "5.00 GiB"]
 
 

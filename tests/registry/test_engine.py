@@ -22,7 +22,10 @@ from methodbench.suite import Suite
 
 def suite(*methods: Any, tasks: Any = ("toy-value",), **more: Any) -> Suite:
     return Suite.model_validate(
-        {"name": "t", "comparisons": [{"methods": list(methods), "tasks": list(tasks), "timeout": 60, **more}]}
+        {
+            "name": "t",
+            "comparisons": [{"methods": list(methods), "tasks": list(tasks), "timeout": 60, **more}],
+        }
     )
 
 
@@ -51,7 +54,13 @@ def test_a_grid_is_run_once_and_a_second_run_does_nothing(store: Store, catalog:
 
 
 def test_records_carry_scores_intervals_curves_and_what_repeats_them(store: Store, catalog: Catalog) -> None:
-    report = run(store, catalog, suite({"name": "noop", "params": {"value": 3}}, tasks=[{"name": "toy-value", "params": {"units": 9}}]))
+    report = run(
+        store,
+        catalog,
+        suite(
+            {"name": "noop", "params": {"value": 3}}, tasks=[{"name": "toy-value", "params": {"units": 9}}]
+        ),
+    )
     (record,) = report.runs.values()
     metrics = {row.name: row for row in store.metrics([record.id])}
     scores = metrics["value"].unit_scores()
@@ -69,7 +78,10 @@ def test_records_carry_scores_intervals_curves_and_what_repeats_them(store: Stor
     assert record.phases.keys() >= {"evaluate"}
     assert record.peak_memory_bytes > 10 * 2**20
     assert record.environment_digest in store.environments()
-    assert record.command == "methodbench run --method noop --param value=3 --task toy-value --task-param units=9 --seed 0"
+    assert (
+        record.command
+        == "methodbench run --method noop --param value=3 --task toy-value --task-param units=9 --seed 0"
+    )
 
 
 def test_same_seed_gives_the_same_bits_and_another_seed_does_not(tmp_path: Path, catalog: Catalog) -> None:
@@ -125,7 +137,9 @@ def test_a_cell_over_the_memory_limit_is_ended(store: Store, catalog: Catalog) -
     assert "more than the limit of 0.8 GiB" in reason
 
 
-def test_processes_that_a_worker_leaves_behind_end_with_it(store: Store, catalog: Catalog, tmp_path: Path) -> None:
+def test_processes_that_a_worker_leaves_behind_end_with_it(
+    store: Store, catalog: Catalog, tmp_path: Path
+) -> None:
     note = tmp_path / "pid"
     report = run(store, catalog, suite(misbehave("orphan", note=str(note))))
     assert report.complete
@@ -137,8 +151,12 @@ def test_processes_that_a_worker_leaves_behind_end_with_it(store: Store, catalog
     pytest.fail(f"process {pid} still runs")
 
 
-def test_the_death_of_the_fork_server_fails_the_cell_that_killed_it_and_no_other(store: Store, catalog: Catalog) -> None:
-    report = run(store, catalog, suite(misbehave("kill-server"), "noop", {"name": "noop", "grid": {"value": [2, 3]}}))
+def test_the_death_of_the_fork_server_fails_the_cell_that_killed_it_and_no_other(
+    store: Store, catalog: Catalog
+) -> None:
+    report = run(
+        store, catalog, suite(misbehave("kill-server"), "noop", {"name": "noop", "grid": {"value": [2, 3]}})
+    )
     ends = by_variant(report)
     assert ends.pop("how=kill-server") == ("failed", "the fork server died while this cell ran")
     assert {status for status, _ in ends.values()} == {"ok"}
@@ -156,7 +174,9 @@ def test_failures_are_kept_and_run_again_only_when_asked(store: Store, catalog: 
 def test_an_implementation_that_cannot_be_imported_is_named(store: Store, catalog: Catalog) -> None:
     from methodbench.errors import MethodbenchError
 
-    with pytest.raises(MethodbenchError, match=r"needs-absent-module: cannot import toybench\.methods:Absent"):
+    with pytest.raises(
+        MethodbenchError, match=r"needs-absent-module: cannot import toybench\.methods:Absent"
+    ):
         run(store, catalog, suite("needs-absent-module"))
 
 
@@ -185,7 +205,10 @@ def test_a_model_is_prepared_once_and_the_dense_one_is_left_alone(store: Store, 
     assert scaled.bits_per_weight == 32
     assert scaled.throughput_unit == "norms/s"
     cache = Path(os.environ["METHODBENCH_CACHE"])
-    assert len([path for path in (cache / "models").iterdir() if path.is_dir() and path.suffix != ".partial"]) == 1
+    assert (
+        len([path for path in (cache / "models").iterdir() if path.is_dir() and path.suffix != ".partial"])
+        == 1
+    )
 
 
 def test_a_crash_in_one_task_keeps_the_results_of_those_before_it(store: Store, catalog: Catalog) -> None:
@@ -204,7 +227,11 @@ def test_ctrl_c_ends_the_workers_and_the_next_run_goes_on(store: Store, catalog:
     done = len(store.runs())
     assert 1 <= done < 4
     assert len(run(store, catalog, wanted).new) == 4 - done
-    assert not [child for child in psutil.Process().children(recursive=True) if "forkserver" in " ".join(child.cmdline())]
+    assert not [
+        child
+        for child in psutil.Process().children(recursive=True)
+        if "forkserver" in " ".join(child.cmdline())
+    ]
 
 
 def test_a_driver_killed_mid_grid_loses_no_finished_cell(catalog: Catalog, tmp_path: Path) -> None:
@@ -252,12 +279,18 @@ def test_what_fits_on_the_cores_runs_side_by_side(store: Store, catalog: Catalog
 
     def watch() -> None:
         while not stop.is_set():
-            alive.append(sum("forkserver" in " ".join(_cmdline(c)) for c in psutil.Process().children(recursive=True)))
+            alive.append(
+                sum("forkserver" in " ".join(_cmdline(c)) for c in psutil.Process().children(recursive=True))
+            )
             time.sleep(0.05)
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    run(store, catalog, suite(misbehave("hang"), {"name": "misbehave", "params": {"how": "hang", "note": "b"}}, timeout=2))
+    run(
+        store,
+        catalog,
+        suite(misbehave("hang"), {"name": "misbehave", "params": {"how": "hang", "note": "b"}}, timeout=2),
+    )
     stop.set()
     watcher.join()
     assert max(alive) == 3  # the server and two workers of one thread each

@@ -14,6 +14,7 @@ from sqlmodel import SQLModel
 
 from methodbench.errors import StoreError
 from methodbench.store import SCHEMA_REVISION, Environment, MetricValue, Run, Series, Store, open_store
+from methodbench.store.database import _translated
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -32,7 +33,9 @@ ENVIRONMENT = Environment(digest="e", captured_at=START, data={"python": "3"})
 
 def test_a_record_comes_back_as_it_went_in(store: Store) -> None:
     scores = np.array([1.0, np.inf, 0.1])
-    metric = MetricValue(run_id=f"{1:012x}", name="value", value=float("inf"), units=3, scores=scores.tobytes(), primary=True)
+    metric = MetricValue(
+        run_id=f"{1:012x}", name="value", value=float("inf"), units=3, scores=scores.tobytes(), primary=True
+    )
     curve = Series(run_id=f"{1:012x}", name="loss", values=np.arange(4.0).tobytes())
     store.add(make_run(1), [metric], [curve], ENVIRONMENT)
     store.add(make_run(2, status="failed", reason="why"), environment=ENVIRONMENT)
@@ -130,7 +133,7 @@ def test_a_truncated_database_gives_one_message(store: Store, tmp_path: Path) ->
     shutil.copy(whole, cut)
     with open(cut, "r+b") as file:
         file.truncate(whole.stat().st_size // 3)
-    with pytest.raises(StoreError, match="cut.db"), open_store(str(cut)) as opened:
+    with pytest.raises(StoreError, match=r"cut\.db"), open_store(str(cut)) as opened:
         opened.runs()
 
 
@@ -154,16 +157,13 @@ def test_a_full_disk_is_told_and_what_was_there_is_kept(store: Store) -> None:
     assert len(store.runs()) == 1
 
 
-def test_a_locked_database_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_locked_database_is_told(tmp_path: Path) -> None:
     path = tmp_path / "locked.db"
-    with open_store(str(path)) as store:
-        with store.engine.connect() as connection:
-            connection.execute(text("PRAGMA busy_timeout=50"))
-            with sqlite3.connect(path) as other:
-                other.execute("BEGIN IMMEDIATE")
-                with pytest.raises(StoreError, match="locked"):
-                    from methodbench.store.database import _translated
-
-                    with _translated(str(path)):
-                        connection.execute(text("INSERT INTO environment VALUES ('x', '2026-01-01', '{}')"))
-                other.rollback()
+    insert = text("INSERT INTO environment VALUES ('x', '2026-01-01', '{}')")
+    with open_store(str(path)) as store, store.engine.connect() as connection:
+        connection.execute(text("PRAGMA busy_timeout=50"))
+        with sqlite3.connect(path) as other:
+            other.execute("BEGIN IMMEDIATE")
+            with pytest.raises(StoreError, match="locked"), _translated(str(path)):
+                connection.execute(insert)
+            other.rollback()

@@ -26,14 +26,20 @@ comparisons:
 @pytest.mark.parametrize(
     ("text", "filename", "message"),
     [
-        (GOOD.replace("grid", "gird"), "s.yaml", r"s.yaml:7: comparisons.0.methods.1.gird: unknown key 'gird'\nDid you mean grid\?"),
+        (
+            GOOD.replace("grid", "gird"), "s.yaml",
+            r"s.yaml:7: comparisons.0.methods.1.gird: unknown key 'gird'\nDid you mean grid\?",
+        ),
         (GOOD.replace("tasks", "task"), "s.yaml", "s.yaml:"),
         ("name: [", "s.yaml", "s.yaml:1: not valid YAML"),
         ("- a", "s.yaml", "a suite is a mapping"),
         ("name: example\n", "s.yaml", "the key 'comparisons' is missing"),
-        (GOOD + "    seeds: [-1]\n", "s.yaml", "s.yaml:8: comparisons.0.seeds.0: Input should be greater than or equal to 0"),
+        (GOOD + "    seeds: [-1]\n", "s.yaml", "s.yaml:8: comparisons.0.seeds.0: Input should be greater"),
         (GOOD.replace("name: example", "name: Bad Name"), "s.yaml", "s.yaml:1: name"),
-        ('name = "x"\n[[comparisons]]\ntasks = ["a"]\nmethods = ["b"]\nseedz = [1]\n', "s.toml", "s.toml:5: comparisons.0.seedz"),
+        (
+            'name = "x"\n[[comparisons]]\ntasks = ["a"]\nmethods = ["b"]\nseedz = [1]\n', "s.toml",
+            "s.toml:5: comparisons.0.seedz",
+        ),
         ("name = \n", "s.toml", "s.toml:1: not valid TOML"),
         ("!!python/object/apply:os.system ['true']", "s.yaml", "not valid YAML"),
     ],
@@ -70,7 +76,10 @@ def plan_of(catalog: Catalog, **comparison: object) -> list[str]:
 
 
 def test_presets_params_and_grids_multiply(catalog: Catalog) -> None:
-    methods = [{"name": "noop", "presets": ["twice"]}, {"name": "misbehave", "params": {"note": "x"}, "grid": {"how": ["raise", "hang"]}}]
+    methods = [
+        {"name": "noop", "presets": ["twice"]},
+        {"name": "misbehave", "params": {"note": "x"}, "grid": {"how": ["raise", "hang"]}},
+    ]
     assert plan_of(catalog, methods=methods, tasks=["toy-value"], seeds=[0, 1]) == [
         "noop (twice) · toy-value · seed 0",
         "noop (twice) · toy-value · seed 1",
@@ -87,7 +96,9 @@ def test_equal_cells_appear_once_and_patterns_leave_cells_out(catalog: Catalog) 
     grid = [{"name": "noop", "grid": {"value": [1, 2, 3]}}]
     kept = plan_of(catalog, methods=grid, tasks=["toy-value"], exclude=[{"variant": "value=2"}])
     assert [label.split(" · ")[0] for label in kept] == ["noop (value=1)", "noop (value=3)"]
-    only = plan_of(catalog, methods=grid, tasks=["toy-value"], include=[{"method": "no*", "variant": "value=2"}])
+    only = plan_of(
+        catalog, methods=grid, tasks=["toy-value"], include=[{"method": "no*", "variant": "value=2"}]
+    )
     assert [label.split(" · ")[0] for label in only] == ["noop (value=2)"]
 
 
@@ -96,15 +107,27 @@ def test_what_does_not_fit_is_skipped_with_the_reason(catalog: Catalog) -> None:
         {
             "name": "s",
             "comparisons": [
-                {"methods": ["noop", "scale"], "models": ["toy-linear", "toy-file"], "tasks": ["toy-value", "toy-norm"]}
+                {
+                    "methods": ["noop", "scale"],
+                    "models": ["toy-linear", "toy-file"],
+                    "tasks": ["toy-value", "toy-norm"],
+                }
             ],
         }
     )
     plan = make_plan(suite, catalog)
-    assert [cell.label for cell in plan.cells] == ["noop · toy-value · seed 0", "scale · toy-linear · toy-norm · seed 0"]
+    assert [cell.label for cell in plan.cells] == [
+        "noop · toy-value · seed 0",
+        "scale · toy-linear · toy-norm · seed 0",
+    ]
     reasons = {(skip.method, skip.model, skip.task): skip.reason for skip in plan.skips}
-    assert reasons["scale", "", "toy-value"] == "task toy-value evaluates probe methods, scale is a compressor"
-    assert reasons["noop", "toy-linear", "toy-norm"] == "task toy-norm evaluates compressor methods, noop is a probe"
+    assert (
+        reasons["scale", "", "toy-value"] == "task toy-value evaluates probe methods, scale is a compressor"
+    )
+    assert (
+        reasons["noop", "toy-linear", "toy-norm"]
+        == "task toy-norm evaluates compressor methods, noop is a probe"
+    )
     assert "METHODBENCH_MODELS" in reasons["scale", "toy-file", "toy-norm"]
 
 
@@ -113,8 +136,11 @@ def test_what_does_not_fit_is_skipped_with_the_reason(catalog: Catalog) -> None:
     [
         ("nop", UnknownNameError, "unknown method 'nop'\nDid you mean noop?"),
         ("noop@thrice", UnknownNameError, "unknown preset of noop 'thrice'\nDid you mean twice?"),
-        ({"name": "noop", "params": {"valeu": 1}}, ParameterError, "noop has no parameter 'valeu'\nDid you mean value?"),
-        ({"name": "noop", "params": {"value": 11}}, ParameterError, "noop: value = 11 is not valid: Input should be less than or equal to 10"),
+        ({"name": "noop", "params": {"valeu": 1}}, ParameterError, "no parameter 'valeu'\nDid you mean value?"),
+        (
+            {"name": "noop", "params": {"value": 11}}, ParameterError,
+            "noop: value = 11 is not valid: Input should be less than or equal to 10",
+        ),
         ({"name": "noop", "params": {"value": "many"}}, ParameterError, "noop: value = 'many' is not valid"),
         ("needs-absent-module", Exception, "cannot import toybench.methods:Absent"),
     ],
@@ -128,7 +154,10 @@ def test_a_mistake_in_a_method_is_told_before_anything_runs(
 
 
 def test_a_missing_extra_names_the_install_line(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("methodbench.engine.plan.missing_requirements", lambda distribution, extra: ("torch",) if extra else ())
+    monkeypatch.setattr(
+        "methodbench.engine.plan.missing_requirements",
+        lambda distribution, extra: ("torch",) if extra else (),
+    )
     monkeypatch.setattr(type(catalog), "distribution", lambda self, kind, name: "toy-dist")
     with pytest.raises(MissingExtraError, match=r"pip install 'toy-dist\[absent\]'"):
         plan_of(catalog, methods=["needs-extra"], tasks=["toy-value"])
@@ -143,7 +172,9 @@ def test_tasks_are_found_by_qualified_name(catalog: Catalog) -> None:
 def test_the_key_depends_on_every_part_of_the_identity_and_on_nothing_else(catalog: Catalog) -> None:
     def key(**changes: object) -> str:
         comparison = {"methods": ["noop"], "tasks": ["toy-value"], "seeds": [0], **changes}
-        return make_plan(Suite.model_validate({"name": "s", "comparisons": [comparison]}), catalog).cells[0].key
+        return (
+            make_plan(Suite.model_validate({"name": "s", "comparisons": [comparison]}), catalog).cells[0].key
+        )
 
     base = key()
     assert base == key(timeout=7, title="other words")
@@ -160,7 +191,9 @@ def test_the_key_depends_on_every_part_of_the_identity_and_on_nothing_else(catal
     assert key(device="cuda:1") == key(device="cuda")
 
 
-def test_planning_twice_imports_nothing_the_second_time(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_planning_twice_imports_nothing_the_second_time(
+    catalog: Catalog, monkeypatch: pytest.MonkeyPatch
+) -> None:
     api.plan("toy-suite", catalog=catalog)
     monkeypatch.setattr("methodbench.engine.probe._child", lambda requests: pytest.fail("asked again"))
     assert len(api.plan("toy-suite", catalog=catalog).cells) == 12

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from methodbench.entries import Family, Method, Metric, Paper, Task
+from methodbench.entries import Family, Method, Metric, Paper, SuiteFile, Task
 from methodbench.hookspecs import hookimpl
 
 #: The setting of diffGrad's analysis on non-convex functions, for every rule that has these fields.
@@ -199,5 +199,25 @@ def methodbench_tasks() -> list[Task]:
             "cnn",
             250,
             "A small CNN on scikit-learn's digits; five learning rates, chosen by validation loss.",
+        ),
+    ]
+
+
+@hookimpl
+def methodbench_suites() -> list[SuiteFile]:
+    return [
+        SuiteFile(
+            name="demo-optim",
+            package="methodbench_optim",
+            path="suites/demo.yaml",
+            summary="sgd, adam, adamw, lion and diffgrad on three functions and on digits, three seeds.",
+            role="demo",
+        ),
+        SuiteFile(
+            name="demo-quick-optim",
+            package="methodbench_optim",
+            path="suites/demo-quick.yaml",
+            summary="sgd, adam, adamw, lion and diffgrad on three functions and on digits, one seed.",
+            role="demo-quick",
         ),
     ]

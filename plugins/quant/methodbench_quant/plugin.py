@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from methodbench.entries import Family, Method, Model, Task
+from methodbench.entries import Family, Method, Model, SuiteFile, Task
 from methodbench.hookspecs import hookimpl
-
 from methodbench_quant.llm.entries import METHODS as LLM_METHODS
 from methodbench_quant.models.entries import MODELS, model_named
 from methodbench_quant.tasks.entries import TASKS, task_named
@@ -45,3 +44,29 @@ def methodbench_model_named(name: str) -> Model | None:
 @hookimpl
 def methodbench_task_named(name: str) -> Task | None:
     return task_named(name)
+
+
+@hookimpl
+def methodbench_suites() -> list[SuiteFile]:
+    return [
+        SuiteFile(
+            name="demo-quant",
+            package="methodbench_quant",
+            path="suites/demo.yaml",
+            summary="rtn, gptq and awq at 4 and 3 bits on SmolLM2-135M; a quantized vision transformer.",
+            role="demo",
+        ),
+        SuiteFile(
+            name="demo-quick-quant",
+            package="methodbench_quant",
+            path="suites/demo-quick.yaml",
+            summary="rtn and awq at 3 bits on SmolLM2-135M; a vision transformer at 4 bits.",
+            role="demo-quick",
+        ),
+        SuiteFile(
+            name="llm-weight-only",
+            package="methodbench_quant",
+            path="suites/llm-weight-only.yaml",
+            summary="rtn, gptq and awq at 4, 3 and 2 bits, per channel and in groups, on perplexity and PIQA.",
+        ),
+    ]

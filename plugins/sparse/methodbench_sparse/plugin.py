@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from methodbench.entries import Family, Method, Paper
+from methodbench.entries import Family, Method, Paper, SuiteFile
 from methodbench.hookspecs import hookimpl
 
 _WANDA_CODE = "locuslab/wanda@8e8fc87b4a2f9955baa7e76e64d5fce7fa8724a6"
@@ -107,5 +107,25 @@ def methodbench_methods() -> list[Method]:
             parity="microsoft/wina@8153dbf72ab4a05b0dc2032018c09d3256cf4541",
             properties=("deterministic",),
             positions="last-99%",
+        ),
+    ]
+
+
+@hookimpl
+def methodbench_suites() -> list[SuiteFile]:
+    return [
+        SuiteFile(
+            name="demo-sparse",
+            package="methodbench_sparse",
+            path="suites/demo.yaml",
+            summary="magnitude, wanda and wina at 50 % on SmolLM2-135M.",
+            role="demo",
+        ),
+        SuiteFile(
+            name="demo-quick-sparse",
+            package="methodbench_sparse",
+            path="suites/demo-quick.yaml",
+            summary="magnitude and wanda at 50 % on SmolLM2-135M.",
+            role="demo-quick",
         ),
     ]

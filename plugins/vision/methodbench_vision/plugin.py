@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from methodbench.entries import Family, Method, Model, Task
+from methodbench.entries import Family, Method, Model, SuiteFile, Task
 from methodbench.hookspecs import hookimpl
 from methodbench_vision.methods import METHODS
 from methodbench_vision.models.entries import MODELS, model_named
@@ -39,3 +39,23 @@ def methodbench_tasks() -> list[Task]:
 @hookimpl
 def methodbench_model_named(name: str) -> Model | None:
     return model_named(name)
+
+
+@hookimpl
+def methodbench_suites() -> list[SuiteFile]:
+    return [
+        SuiteFile(
+            name="demo-vision",
+            package="methodbench_vision",
+            path="suites/demo.yaml",
+            summary="Grad-CAM, Eigen-CAM and a random control on EfficientNet-Lite0 and on exact masks.",
+            role="demo",
+        ),
+        SuiteFile(
+            name="demo-quick-vision",
+            package="methodbench_vision",
+            path="suites/demo-quick.yaml",
+            summary="Grad-CAM, Eigen-CAM and a random control on pictures with exact masks.",
+            role="demo-quick",
+        ),
+    ]

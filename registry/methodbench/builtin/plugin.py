@@ -8,7 +8,9 @@ from methodbench.hookspecs import hookimpl
 
 @hookimpl
 def methodbench_families() -> list[Family]:
-    return [Family(name="baseline", title="Baselines", summary="What a model does when nothing is done to it.")]
+    return [
+        Family(name="baseline", title="Baselines", summary="What a model does when nothing is done to it.")
+    ]
 
 
 @hookimpl

@@ -41,7 +41,7 @@ def list_entries(what: str | None, family: str | None, kind: str | None, as_json
         rows = {name: [dataclasses.asdict(row) for row in found] for name, found in everything.items()}
         echo_json(rows[what] if what else rows)
         return
-    tables = {
+    tables: dict[str, tuple[tuple[str, ...], list[tuple[str, ...]]]] = {
         "methods": (
             ("method", "family", "kind", "applies to", "checked against", "summary"),
             [
@@ -151,7 +151,12 @@ def _show_method(catalog: Catalog, method: Method, as_json: bool) -> None:
     click.echo(method.summary + "\n")
     _fields(
         [
-            ("paper", f"{paper.title}\n{' '.join(filter(None, [paper.venue, str(paper.year or '')]))}" if paper else ""),
+            (
+                "paper",
+                f"{paper.title}\n{' '.join(filter(None, [paper.venue, str(paper.year or '')]))}"
+                if paper
+                else "",
+            ),
             ("link", paper.url if paper else ""),
             ("authors' code", paper.code if paper else ""),
             ("kind", method.kind),
@@ -224,11 +229,16 @@ def _show_run(run_id: str, db: str | None, as_json: bool) -> None:
         run = store.run(run_id)
         metrics = store.metrics([run.id])
     if as_json:
-        rows = [{**metric.model_dump(exclude={"scores"}), "scores": metric.unit_scores().tolist()} for metric in metrics]
+        rows = [
+            {**metric.model_dump(exclude={"scores"}), "scores": metric.unit_scores().tolist()}
+            for metric in metrics
+        ]
         echo_json({**run.model_dump(), "metrics": rows})
         return
     click.secho(f"run {run.id}", bold=True)
-    values = "\n".join(f"{m.name} {number(m.value)} {interval(m.low, m.high)} ({m.units} units)" for m in metrics)
+    values = "\n".join(
+        f"{m.name} {number(m.value)} {interval(m.low, m.high)} ({m.units} units)" for m in metrics
+    )
     _fields(
         [
             ("status", run.status + (f": {run.reason}" if run.reason else "")),
@@ -239,8 +249,15 @@ def _show_run(run_id: str, db: str | None, as_json: bool) -> None:
             ("settings", ", ".join(f"{key}={value}" for key, value in run.task_params.items())),
             ("seed", str(run.seed)),
             ("metrics", values),
-            ("storage", run.storage and f"{run.storage}, {size(run.model_bytes)}, {number(run.bits_per_weight)} bits/weight"),
-            ("time", f"{duration(run.wall_seconds)} ({', '.join(f'{k} {duration(v)}' for k, v in run.phases.items())})"),
+            (
+                "storage",
+                run.storage
+                and f"{run.storage}, {size(run.model_bytes)}, {number(run.bits_per_weight)} bits/weight",
+            ),
+            (
+                "time",
+                f"{duration(run.wall_seconds)} ({', '.join(f'{k} {duration(v)}' for k, v in run.phases.items())})",
+            ),
             ("peak memory", size(run.peak_memory_bytes)),
             ("throughput", run.throughput and f"{number(run.throughput)} {run.throughput_unit}"),
             ("warnings", "\n".join(run.warnings)),

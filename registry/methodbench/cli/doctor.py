@@ -36,7 +36,10 @@ def doctor(db: str | None) -> int:
         click.echo(f"{click.style(mark, fg=colour)} {text}")
 
     say(True, f"methodbench {__version__}, Python {platform.python_version()}, {platform.platform()}")
-    say(hasattr(os, "fork"), "isolated workers (fork)" if hasattr(os, "fork") else "no fork here: cells cannot be run")
+    say(
+        hasattr(os, "fork"),
+        "isolated workers (fork)" if hasattr(os, "fork") else "no fork here: cells cannot be run",
+    )
     wrong += not hasattr(os, "fork")
     memory = psutil.virtual_memory()
     say(True, f"{psutil.cpu_count()} cores, {size(memory.total)} memory, {size(memory.available)} free")
@@ -56,7 +59,10 @@ def doctor(db: str | None) -> int:
         wrong += 1
     for variable, what in (("METHODBENCH_DATA", "data sets"), ("METHODBENCH_MODELS", "weights")):
         value = os.environ.get(variable)
-        say(True if value else None, f"{variable}={value}" if value else f"{variable} is not set: no local {what}")
+        say(
+            True if value else None,
+            f"{variable}={value}" if value else f"{variable} is not set: no local {what}",
+        )
     if sources.is_offline():
         say(None, "offline: nothing will be fetched")
     wrong += _check_database(db, say)
@@ -66,17 +72,21 @@ def doctor(db: str | None) -> int:
 def _check_extras(catalog: Catalog, say: Say) -> None:
     from methodbench.extras import missing_requirements
 
-    entries = {"method": catalog.methods, "model": catalog.models, "task": catalog.tasks}
-    wanted = {
-        (catalog.distribution(kind, entry.name), entry.extra): None
-        for kind, found in entries.items()
-        for entry in found.values()
-        if entry.extra
-    }
+    entries = [
+        *(("method", method.name, method.extra) for method in catalog.methods.values()),
+        *(("model", model.name, model.extra) for model in catalog.models.values()),
+        *(("task", task.name, task.extra) for task in catalog.tasks.values()),
+    ]
+    wanted = dict.fromkeys(
+        (catalog.distribution(kind, name), extra) for kind, name, extra in entries if extra
+    )
     for distribution, extra in wanted:
         missing = missing_requirements(distribution, extra)
         if missing:
-            say(None, f"extra {extra} is incomplete ({', '.join(missing)}): pip install '{distribution}[{extra}]'")
+            say(
+                None,
+                f"extra {extra} is incomplete ({', '.join(missing)}): pip install '{distribution}[{extra}]'",
+            )
         else:
             say(True, f"extra {extra} is installed")
 

@@ -39,7 +39,11 @@ def get_catalog() -> Catalog:
     root = click.get_current_context().find_root()
     catalog = load_catalog(without=(root.obj or {}).get("without", ()))
     for problem in catalog.problems:
-        click.secho(f"Plugin {problem.plugin}: {problem.error} (left out; see `methodbench doctor`)", fg="yellow", err=True)
+        click.secho(
+            f"Plugin {problem.plugin}: {problem.error} (left out; see `methodbench doctor`)",
+            fg="yellow",
+            err=True,
+        )
     return catalog
 
 

@@ -61,7 +61,11 @@ class LineReporter:
         what = f"{click.style(mark.ljust(4), fg=colour)} {cell.label}"
         if run.status == "ok":
             first = next((metric for metric in metrics if metric.primary), None)
-            value = f"{first.title} {number(first.value)} {interval(first.low, first.high)}".rstrip() if first else ""
+            value = (
+                f"{first.title} {number(first.value)} {interval(first.low, first.high)}".rstrip()
+                if first
+                else ""
+            )
         else:
             value = run.reason
         self.say(f"{counter} {what}: {value} ({duration(run.wall_seconds)})")
@@ -76,7 +80,14 @@ class BarReporter(LineReporter):
     def __init__(self) -> None:
         super().__init__()
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            SpinnerColumn,
+            TextColumn,
+            TimeRemainingColumn,
+        )
 
         self.console = Console(highlight=False)
         self.bar = Progress(

@@ -24,7 +24,9 @@ def status(suites: tuple[str, ...], db: str | None, as_json: bool) -> None:
 
             plan = api.plan(list(suites), catalog=get_catalog())
             latest = store.latest(cell.key for cell in plan.cells)
-            counts = Counter(latest[cell.key].status if cell.key in latest else "missing" for cell in plan.cells)
+            counts = Counter(
+                latest[cell.key].status if cell.key in latest else "missing" for cell in plan.cells
+            )
             if plan.skips:
                 counts["skipped"] = len(plan.skips)
             groups = {plan.suite: counts}
@@ -36,7 +38,9 @@ def status(suites: tuple[str, ...], db: str | None, as_json: bool) -> None:
     if as_json:
         echo_json({"database": url, "suites": {name: dict(counts) for name, counts in groups.items()}})
         return
-    columns = sorted({name for counts in groups.values() for name in counts}, key=lambda name: (name != "ok", name))
+    columns = sorted(
+        {name for counts in groups.values() for name in counts}, key=lambda name: (name != "ok", name)
+    )
     rows = [(name or "–", *(str(counts[column]) for column in columns)) for name, counts in groups.items()]
     table(("suite", *columns), rows, right=columns)
 
@@ -78,7 +82,9 @@ def results(
         frame = frame.filter(bad)
     elif metric is not None:
         if metric not in frame["metric"].unique():
-            raise UnknownNameError("metric with results", metric, [name for name in frame["metric"].unique() if name])
+            raise UnknownNameError(
+                "metric with results", metric, [name for name in frame["metric"].unique() if name]
+            )
         frame = frame.filter(pl.col("metric") == metric)
     elif not as_json:
         frame = frame.filter(pl.col("primary").fill_null(False) | bad)
@@ -103,7 +109,11 @@ def results(
                 interval(row["low"], row["high"]) if good else row["reason"],
             )
         )
-    table(("run", "method", "model", "task", "seed", "metric", "value", "95 % interval"), rows, right=("value", "seed"))
+    table(
+        ("run", "method", "model", "task", "seed", "metric", "value", "95 % interval"),
+        rows,
+        right=("value", "seed"),
+    )
 
 
 @click.command()
@@ -112,7 +122,7 @@ def results(
 @db_option
 @json_option
 def compare(a: str, b: str, db: str | None, as_json: bool) -> None:
-    """Compare two methods on the cells that both share: paired difference, interval, p-value, win or loss of the first."""
+    """Compare two methods on the cells that both share: paired difference, interval, p-value, win or loss."""
     from methodbench import api
 
     found = api.compare(a, b, db=db)
@@ -121,7 +131,11 @@ def compare(a: str, b: str, db: str | None, as_json: bool) -> None:
         return
     rows = []
     for row in found:
-        settings = row.variant_a if row.variant_a == row.variant_b else f"{row.variant_a or '–'} / {row.variant_b or '–'}"
+        settings = (
+            row.variant_a
+            if row.variant_a == row.variant_b
+            else f"{row.variant_a or '–'} / {row.variant_b or '–'}"
+        )
         rows.append(
             (
                 row.verdict,
@@ -140,7 +154,21 @@ def compare(a: str, b: str, db: str | None, as_json: bool) -> None:
     first, second = a.partition("@")[0], b.partition("@")[0]
     if first == second:
         first, second = a, b
-    headers = (first, "model", "task", "settings", "metric", f"{first} ", f"{second} ", "difference", "95 % interval", "p", "units × seeds")
+    headers = (
+        first,
+        "model",
+        "task",
+        "settings",
+        "metric",
+        f"{first} ",
+        f"{second} ",
+        "difference",
+        "95 % interval",
+        "p",
+        "units × seeds",
+    )
     table(headers, rows, right=(f"{first} ", f"{second} ", "difference", "p"))
     counts = Counter(row.verdict for row in found)
-    click.echo(f"\n{first}: {counts['win']} wins, {counts['tie']} ties, {counts['loss']} losses against {second}.")
+    click.echo(
+        f"\n{first}: {counts['win']} wins, {counts['tie']} ties, {counts['loss']} losses against {second}."
+    )

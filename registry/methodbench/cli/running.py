@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from methodbench.cli.output import db_option, duration, echo_json, get_catalog, interval, json_option, number, size, table
+from methodbench.cli.output import (
+    db_option,
+    duration,
+    echo_json,
+    get_catalog,
+    interval,
+    json_option,
+    number,
+    size,
+    table,
+)
 
 if TYPE_CHECKING:
     from methodbench.catalog import Catalog
@@ -39,15 +49,33 @@ def _assignments(pairs: tuple[str, ...], option: str) -> dict[str, Any]:
 
 def _cell_options(function: Any) -> Any:
     options = [
-        click.option("--method", "methods", multiple=True, metavar="NAME[@PRESET]", help="A method; repeatable."),
-        click.option("--param", "params", multiple=True, metavar="NAME=VALUE", help="A hyperparameter of the methods."),
+        click.option(
+            "--method", "methods", multiple=True, metavar="NAME[@PRESET]", help="A method; repeatable."
+        ),
+        click.option(
+            "--param", "params", multiple=True, metavar="NAME=VALUE", help="A hyperparameter of the methods."
+        ),
         click.option("--model", "models", multiple=True, metavar="NAME", help="A model; repeatable."),
         click.option("--task", "tasks", multiple=True, metavar="NAME", help="A task; repeatable."),
-        click.option("--task-param", "task_params", multiple=True, metavar="NAME=VALUE", help="A setting of the tasks."),
-        click.option("--seed", "seeds", multiple=True, type=click.IntRange(min=0), help="A seed; repeatable.  [default: 0]"),
+        click.option(
+            "--task-param", "task_params", multiple=True, metavar="NAME=VALUE", help="A setting of the tasks."
+        ),
+        click.option(
+            "--seed",
+            "seeds",
+            multiple=True,
+            type=click.IntRange(min=0),
+            help="A seed; repeatable.  [default: 0]",
+        ),
         click.option("--dtype", default="float32", show_default=True, help="Floating-point type."),
         click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N."),
-        click.option("--timeout", type=float, default=3600, show_default=True, help="Seconds after which a cell is killed."),
+        click.option(
+            "--timeout",
+            type=float,
+            default=3600,
+            show_default=True,
+            help="Seconds after which a cell is killed.",
+        ),
     ]
     for option in reversed(options):
         function = option(function)
@@ -112,7 +140,12 @@ def plan(suites: tuple[str, ...], db: str | None, as_json: bool, **chosen: Any) 
             done = store.latest(cell.key for cell in made.cells)
     if as_json:
         cells = [
-            {"key": cell.key, "command": cell.command(), "identity": cell.identity(), "status": _status(done, cell.key)}
+            {
+                "key": cell.key,
+                "command": cell.command(),
+                "identity": cell.identity(),
+                "status": _status(done, cell.key),
+            }
             for cell in made.cells
         ]
         skips = [{name: getattr(skip, name) for name in skip.__slots__} for skip in made.skips]
@@ -134,7 +167,9 @@ def plan(suites: tuple[str, ...], db: str | None, as_json: bool, **chosen: Any) 
     )
     _print_skips(made)
     missing = sum(cell.key not in done for cell in made.cells)
-    click.echo(f"\n{len(made.cells)} cells: {len(made.cells) - missing} done, {missing} to run; {len(made.skips)} skipped")
+    click.echo(
+        f"\n{len(made.cells)} cells: {len(made.cells) - missing} done, {missing} to run; {len(made.skips)} skipped"
+    )
 
 
 def _status(done: dict[str, Any], key: str) -> str:
@@ -153,7 +188,12 @@ def _print_skips(made: Plan) -> None:
 @db_option
 @click.option("--executor", default="local", show_default=True, help="Where workers run.")
 @click.option("--cores", type=click.IntRange(min=1), help="CPU cores to use.  [default: all]")
-@click.option("--memory-limit", type=float, metavar="GIB", help="End a worker that holds more.  [default: 90 % of memory]")
+@click.option(
+    "--memory-limit",
+    type=float,
+    metavar="GIB",
+    help="End a worker that holds more.  [default: 90 % of memory]",
+)
 @click.option("--retry", is_flag=True, help="Also run cells whose newest record is a failure.")
 @json_option
 def run(
@@ -184,8 +224,13 @@ def run(
         catalog=get_catalog(),
     )
     if as_json:
-        runs = [{"run": run.id, "status": run.status, "reason": run.reason, "key": key} for key, run in report.runs.items()]
-        echo_json({"suite": report.plan.suite, "new": len(report.new), "runs": runs, "left_out": report.left_out})
+        runs = [
+            {"run": run.id, "status": run.status, "reason": run.reason, "key": key}
+            for key, run in report.runs.items()
+        ]
+        echo_json(
+            {"suite": report.plan.suite, "new": len(report.new), "runs": runs, "left_out": report.left_out}
+        )
     else:
         _print_skips(report.plan)
         click.echo(_summary(report))
@@ -208,7 +253,9 @@ def _summary(report: Report) -> str:
 
 @click.command()
 @click.option("--quick", is_flag=True, help="The short version: fewer settings, windows and seeds.")
-@click.option("--out", default="site", show_default=True, type=click.Path(path_type=Path), help="Folder of the site.")
+@click.option(
+    "--out", default="site", show_default=True, type=click.Path(path_type=Path), help="Folder of the site."
+)
 @db_option
 @click.option("--cores", type=click.IntRange(min=1), help="CPU cores to use.  [default: all]")
 def demo(quick: bool, out: Path, db: str | None, cores: int | None) -> int:
@@ -227,24 +274,34 @@ def demo(quick: bool, out: Path, db: str | None, cores: int | None) -> int:
     role = "demo-quick" if quick else "demo"
     suites = [suite for suite in known.suites.values() if suite.role == role]
     if not suites:
-        raise click.ClickException(f"No installed plugin ships a suite for `{role}`: see `methodbench doctor`.")
-    click.echo(f"methodbench demo on {cores or available_cores()} cores: published methods on real pretrained models.")
+        raise click.ClickException(
+            f"No installed plugin ships a suite for `{role}`: see `methodbench doctor`."
+        )
+    click.echo(
+        f"methodbench demo on {cores or available_cores()} cores: published methods on real pretrained models."
+    )
     for suite in suites:
         click.echo(f"  {suite.name}: {suite.summary}")
-    report = api.run([suite.name for suite in suites], db=db, cores=cores, reporter=reporter(quiet=False), catalog=known)
+    report = api.run(
+        [suite.name for suite in suites], db=db, cores=cores, reporter=reporter(quiet=False), catalog=known
+    )
     _print_skips(report.plan)
     click.echo(_summary(report))
     with open_store(db) as store:
         _print_boards(known, report, store)
     page = api.build_site(out, db=db, catalog=known)
     click.echo(f"\nDone in {duration(time.monotonic() - begin)}. Open the leaderboard: {page}")
-    click.echo("Next: `methodbench compare METHOD METHOD`, `methodbench show METHOD`, CONTRIBUTING.md to add your own.")
+    click.echo(
+        "Next: `methodbench compare METHOD METHOD`, `methodbench show METHOD`, CONTRIBUTING.md to add your own."
+    )
     return 0 if report.complete else 1
 
 
 def _print_boards(known: Catalog, report: Report, store: Store) -> None:
     """Print one table per model and task: methods in order of their primary metric."""
-    metrics = {row.run_id: row for row in store.metrics(run.id for run in report.runs.values()) if row.primary}
+    metrics = {
+        row.run_id: row for row in store.metrics(run.id for run in report.runs.values()) if row.primary
+    }
     groups: dict[tuple[str, str], list[Any]] = {}
     for cell in report.plan.cells:
         run = report.runs.get(cell.key)
@@ -276,5 +333,14 @@ def _print_boards(known: Catalog, report: Report, store: Store) -> None:
                 )
             )
         arrow = "↓" if primary.direction == "lower" else "↑"
-        headers = ("method", "seed", f"{primary.label} {arrow}", "95 % interval", "bits", "storage", "memory", "time")
+        headers = (
+            "method",
+            "seed",
+            f"{primary.label} {arrow}",
+            "95 % interval",
+            "bits",
+            "storage",
+            "memory",
+            "time",
+        )
         table(headers, rows, right=(headers[2], "bits", "memory", "time", "seed"))

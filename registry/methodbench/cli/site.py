@@ -15,7 +15,9 @@ def site() -> None:
 
 
 @site.command()
-@click.option("--out", default="site", show_default=True, type=click.Path(path_type=Path), help="Folder to write.")
+@click.option(
+    "--out", default="site", show_default=True, type=click.Path(path_type=Path), help="Folder to write."
+)
 @db_option
 def build(out: Path, db: str | None) -> None:
     """Build the static site from the database; it opens by double click and needs no server."""
@@ -26,8 +28,12 @@ def build(out: Path, db: str | None) -> None:
 
 
 @site.command()
-@click.option("--out", default="site", show_default=True, type=click.Path(path_type=Path), help="Folder of the site.")
-@click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="Port; 0 picks a free one.")
+@click.option(
+    "--out", default="site", show_default=True, type=click.Path(path_type=Path), help="Folder of the site."
+)
+@click.option(
+    "--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="Port; 0 picks a free one."
+)
 def serve(out: Path, port: int) -> None:
     """Serve the site on this machine until Ctrl-C."""
     import functools
@@ -41,7 +47,9 @@ def serve(out: Path, port: int) -> None:
     try:
         server = http.server.ThreadingHTTPServer(("127.0.0.1", port), handler)
     except OSError as error:
-        raise MethodbenchError(f"cannot listen on port {port}: {error.strerror}", "Choose another with --port.") from error
+        raise MethodbenchError(
+            f"cannot listen on port {port}: {error.strerror}", "Choose another with --port."
+        ) from error
     with server:
         click.echo(f"Serving {out} at http://127.0.0.1:{server.server_address[1]}/ (Ctrl-C stops)")
         server.serve_forever()

@@ -95,7 +95,9 @@ def _literal(value: Any) -> str:
     """Write a value so that the command line's YAML scalars read it back."""
     import yaml
 
-    return yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix("\n").removesuffix("\n...")
+    return (
+        yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix("\n").removesuffix("\n...")
+    )
 
 
 @dataclass(frozen=True, slots=True)

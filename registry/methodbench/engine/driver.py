@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import tempfile
 import uuid
@@ -153,9 +154,7 @@ def _fetch_weights(todo: list[Cell], report: Report, reporter: Reporter) -> list
             continue
         try:
             sources.fetch(
-                model.source,
-                sha256=model.sha256,
-                progress=lambda received, total, model=model: reporter.fetching(model, received, total),
+                model.source, sha256=model.sha256, progress=functools.partial(reporter.fetching, model)
             )
         except MethodbenchError as error:
             problems[cell.weights_digest] = f"{model.name}: {error.message}"
@@ -166,7 +165,9 @@ def _fetch_weights(todo: list[Cell], report: Report, reporter: Reporter) -> list
     return [cell for cell in todo if cell.weights_digest not in problems]
 
 
-def _executor(name: str, catalog: Catalog, todo: Sequence[Cell], cores: int, memory_limit: int | None) -> Executor:
+def _executor(
+    name: str, catalog: Catalog, todo: Sequence[Cell], cores: int, memory_limit: int | None
+) -> Executor:
     if name == "local":
         return LocalExecutor(cores=cores, preload=_preload(todo), memory_limit=memory_limit)
     found = catalog.manager.hook.methodbench_executor(name=name)
@@ -316,7 +317,9 @@ class _Drive:
             log_tail=outcome.log_tail,
         )
         metrics = [
-            MetricValue(run_id=identifier, units=len(row["scores"]), **{**row, "scores": _blob(row["scores"])})
+            MetricValue(
+                run_id=identifier, units=len(row["scores"]), **{**row, "scores": _blob(row["scores"])}
+            )
             for row in result.get("metrics", [])
         ]
         series = [

@@ -182,7 +182,9 @@ class LocalExecutor:
         self._running.clear()
         if give_up:
             for job in waiting:
-                self._fail_rest(_Running(job, next_cell=job["first"]), sink, "failed", "the fork server died repeatedly")
+                self._fail_rest(
+                    _Running(job, next_cell=job["first"]), sink, "failed", "the fork server died repeatedly"
+                )
             waiting.clear()
 
     # Events

@@ -30,7 +30,9 @@ _PR_SET_PDEATHSIG = 1
 def _emit(fd: int, event: Mapping[str, Any]) -> None:
     # One write of less than PIPE_BUF bytes is atomic, so that workers and server can share the pipe.
     line = json.dumps(event).encode() + b"\n"
-    os.write(fd, line if len(line) < select.PIPE_BUF else json.dumps({**event, "phase": "..."}).encode() + b"\n")
+    os.write(
+        fd, line if len(line) < select.PIPE_BUF else json.dumps({**event, "phase": "..."}).encode() + b"\n"
+    )
 
 
 def _child(job: Mapping[str, Any], events: int) -> None:

@@ -69,7 +69,11 @@ def describe(owner: str, implementation: str) -> dict[str, Any]:
 
 
 def _request(question: Question) -> dict[str, Any]:
-    return {"owner": question.owner, "implementation": question.implementation, "params": _plain(question.params)}
+    return {
+        "owner": question.owner,
+        "implementation": question.implementation,
+        "params": _plain(question.params),
+    }
 
 
 def _decode(answer: Mapping[str, Any]) -> dict[str, Any] | MethodbenchError:
@@ -87,7 +91,9 @@ def _ask(requests: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     if len(requests) > 1:
         return [_ask([request])[0] for request in requests]
     message = f"{requests[0]['owner']}: importing {requests[0]['implementation']} ended the interpreter"
-    return [{"error": message, "hint": "Import it by hand to see why: it crashed or took more than 5 minutes."}]
+    return [
+        {"error": message, "hint": "Import it by hand to see why: it crashed or took more than 5 minutes."}
+    ]
 
 
 def _child(requests: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]] | None:
@@ -143,7 +149,10 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
     except ModuleNotFoundError as error:
         missing = error.name or ""
         hint = "" if implementation.startswith(missing) else f"pip install {missing}"
-        return {"error": f"{owner}: {implementation} needs the module {missing!r}, which is not installed", "hint": hint}
+        return {
+            "error": f"{owner}: {implementation} needs the module {missing!r}, which is not installed",
+            "hint": hint,
+        }
     except Exception as error:
         return {"error": f"{owner}: cannot import {implementation}: {type(error).__name__}: {error}"}
     try:
@@ -153,7 +162,9 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
     except ParameterError as error:
         return {"error": error.message, "hint": error.hint, "kind": "parameter"}
     except Exception as error:
-        return {"error": f"{owner}: {implementation} is not a hyperparameter class: {type(error).__name__}: {error}"}
+        return {
+            "error": f"{owner}: {implementation} is not a hyperparameter class: {type(error).__name__}: {error}"
+        }
 
 
 if __name__ == "__main__":

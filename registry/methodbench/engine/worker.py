@@ -145,7 +145,9 @@ class _Bench:
         wanted = self.job["method"]
         if self.method is None:
             with self._phase(ctx, "import"):
-                self.method = params.build(load_implementation(wanted["impl"]), wanted["params"], wanted["name"])
+                self.method = params.build(
+                    load_implementation(wanted["impl"]), wanted["params"], wanted["name"]
+                )
         described = cell["task"]
         task = params.build(load_implementation(described["impl"]), described["params"], described["name"])
         # Every cell starts from the same state, whichever cells ran before it in this process.
@@ -208,7 +210,13 @@ class _Bench:
         from methodbench.torchkit.model import Calibration
 
         assert ctx.cache is not None
-        identity = [described["name"], described["params"], described["digest"], self.job["model"]["digest"], ctx.seed]
+        identity = [
+            described["name"],
+            described["params"],
+            described["digest"],
+            self.job["model"]["digest"],
+            ctx.seed,
+        ]
         path = ctx.cache / "calibration" / f"{digest(identity)}.safetensors"
         with locked(path.with_suffix(".lock")):
             if path.is_file():
@@ -258,7 +266,9 @@ def _outcome(evaluation: Evaluation, facts: dict[str, Any], described: Mapping[s
     throughput = evaluation.throughput or (None, "")
     return {
         "metrics": metrics,
-        "series": {name: np.asarray(curve, dtype=float).tolist() for name, curve in evaluation.series.items()},
+        "series": {
+            name: np.asarray(curve, dtype=float).tolist() for name, curve in evaluation.series.items()
+        },
         "facts": facts | dict(evaluation.facts),
         "throughput": throughput[0],
         "throughput_unit": throughput[1],

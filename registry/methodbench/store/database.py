@@ -126,7 +126,7 @@ class Store:
         """Return one row per run and metric, as a Polars frame; a run without a metric has one row of nulls."""
         import polars as pl
 
-        schema = {
+        schema: dict[str, Any] = {
             "run": pl.String, "method": pl.String, "variant": pl.String, "model": pl.String, "task": pl.String,
             "seed": pl.Int64, "status": pl.String, "reason": pl.String, "metric": pl.String, "value": pl.Float64,
             "low": pl.Float64, "high": pl.Float64, "units": pl.Int64, "unit": pl.String, "direction": pl.String,
@@ -159,6 +159,7 @@ def open_store(url: str | None = None, *, create: bool = True) -> Store:
     full = where if "://" in where else f"sqlite:///{Path(where).expanduser()}"
     try:
         parsed = make_url(full)
+        parsed.get_dialect()
     except ArgumentError:
         raise StoreError(f"{where!r} is neither a path nor a database URL") from None
     if parsed.get_backend_name() == "sqlite" and parsed.database:
@@ -173,7 +174,9 @@ def open_store(url: str | None = None, *, create: bool = True) -> Store:
     try:
         engine = create_engine(parsed)
     except ModuleNotFoundError as error:
-        raise StoreError(f"the database {where!r} needs the driver {error.name!r}", f"pip install {error.name}") from error
+        raise StoreError(
+            f"the database {where!r} needs the driver {error.name!r}", f"pip install {error.name}"
+        ) from error
     if engine.dialect.name == "sqlite":
         event.listen(engine, "connect", _configure_sqlite)
     store = Store(engine, where)

@@ -57,7 +57,9 @@ def load_vectors(family: str, name: str) -> Vectors:
     """
     path = vectors_folder() / family / f"{name}.npz"
     if not path.is_file():
-        raise SourceError(f"no parity vectors at {path}", "Set METHODBENCH_VECTORS to the folder that holds them.")
+        raise SourceError(
+            f"no parity vectors at {path}", "Set METHODBENCH_VECTORS to the folder that holds them."
+        )
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {key: archive[key] for key in archive.files if key != "meta"}

@@ -44,8 +44,14 @@ class ExplicitAttention(nn.Module):
         self.width = int(attention.qkv.out_features) // 3
         self.matmul1: nn.Module = MatMul()
         self.matmul2: nn.Module = MatMul()
-        for name in sorted(_PARTS):
-            self.add_module(name, getattr(attention, name, None))
+        self.qkv: nn.Module = attention.qkv
+        self.q_norm = _part(attention, "q_norm")
+        self.k_norm = _part(attention, "k_norm")
+        self.attn_drop = _part(attention, "attn_drop")
+        self.norm = _part(attention, "norm")
+        self.gate: nn.Module | None = getattr(attention, "gate", None)
+        self.proj: nn.Module = attention.proj
+        self.proj_drop = _part(attention, "proj_drop")
         self.train(attention.training)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
@@ -57,15 +63,15 @@ class ExplicitAttention(nn.Module):
             is_causal: also hide the later tokens from each token.
         """
         batch, tokens, _ = x.shape
-        q, k, v = self.qkv(x).view(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        q, k = _through(self.q_norm, q), _through(self.k_norm, k)
+        q, k, v = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        q, k = self.q_norm(q), self.k_norm(k)
         logits = self.matmul1(q, k.transpose(-2, -1)) * self.scale
-        probabilities = _through(self.attn_drop, _masked(logits, attn_mask, is_causal).softmax(dim=-1))
+        probabilities = self.attn_drop(_masked(logits, attn_mask, is_causal).softmax(dim=-1))
         out = self.matmul2(probabilities, v).transpose(1, 2).reshape(batch, tokens, self.width)
-        out = _through(self.norm, out)
+        out = self.norm(out)
         if self.gate is not None:
             out = out * self.gate(x).sigmoid()
-        return _through(self.proj_drop, self.proj(out))
+        return self.proj_drop(self.proj(out))
 
 
 def explicit_attention(attention: nn.Module, name: str = "the attention") -> ExplicitAttention:
@@ -107,8 +113,10 @@ def use_explicit_attention(module: nn.Module, adapter: Adapter) -> dict[str, Exp
     return replaced
 
 
-def _through(module: nn.Module | None, x: Tensor) -> Tensor:
-    return x if module is None else module(x)
+def _part(attention: nn.Module, name: str) -> nn.Module:
+    """Return a submodule, or the identity where this version or configuration of the attention lacks it."""
+    part: nn.Module | None = getattr(attention, name, None)
+    return nn.Identity() if part is None else part
 
 
 def _masked(logits: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
@@ -122,9 +130,10 @@ def _masked(logits: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
 
 def _agree(attention: nn.Module, explicit: ExplicitAttention) -> bool:
     """Whether both give the same on one probe: equal names do not make an equal function."""
-    weight = explicit.qkv.weight
+    weight = explicit.qkv.get_parameter("weight")
     probe = torch.linspace(-2, 2, 3 * weight.shape[1], dtype=torch.float64).sin().view(1, 3, -1).to(weight)
     coarse = torch.finfo(weight.dtype).eps ** 0.5
     with torch.no_grad():
         expected, actual = attention(probe), explicit(probe)
-    return torch.allclose(actual, expected, rtol=coarse, atol=coarse * float(expected.abs().max()))
+    atol = coarse * float(expected.abs().max())
+    return torch.allclose(actual, expected, rtol=coarse, atol=atol, equal_nan=True)

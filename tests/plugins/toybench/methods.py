@@ -60,7 +60,7 @@ class Misbehave:
                     with open(self.note, "w") as file:
                         file.write(str(os.getpid()))
                     time.sleep(600)
-                while not os.path.exists(self.note) or not open(self.note).read():
+                while not os.path.exists(self.note) or os.path.getsize(self.note) == 0:
                     time.sleep(0.01)
             case "hog":
                 block = bytearray(1 << 30)

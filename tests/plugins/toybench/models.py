@@ -19,7 +19,10 @@ class ToyLoader:
 
     def prepare(self, source, target, ctx):
         generator = torch.Generator().manual_seed(ctx.seed)
-        save_file({"0.0.weight": torch.randn(self.width, self.width, generator=generator)}, target / "model.safetensors")
+        save_file(
+            {"0.0.weight": torch.randn(self.width, self.width, generator=generator)},
+            target / "model.safetensors",
+        )
 
     def load(self, folder, ctx):
         module = nn.Sequential(nn.Sequential(nn.Linear(self.width, self.width, bias=False)))

@@ -44,7 +44,9 @@ class Norm:
         return Calibration(torch.zeros(2, 3, dtype=torch.int64), source="two rows of zeros")
 
     def evaluate(self, model, ctx):
-        return Evaluation(scores={"norm": Scores(np.array([np.linalg.norm(_weights(model))]))}, throughput=(5.0, "norms/s"))
+        return Evaluation(
+            scores={"norm": Scores(np.array([np.linalg.norm(_weights(model))]))}, throughput=(5.0, "norms/s")
+        )
 
 
 @hyperparameters

@@ -1,8 +1,9 @@
 """Any task of lm-eval, scored through :class:`~methodbench_quant.tasks.batched_lm.BatchedLM`.
 
-lm-eval makes the prompts, chooses the few-shot examples, filters the answers and defines the metrics; its version is
-recorded. Metrics that lm-eval averages over samples come as one score per sample, in the order of the documents, so
-that methods can be compared sample by sample; other metrics come as the one number that lm-eval computes.
+lm-eval makes the prompts, chooses the few-shot examples, filters the answers and defines the metrics; its
+version is recorded. Metrics that lm-eval averages over samples come as one score per sample, in the order of
+the documents, so that methods can be compared sample by sample; other metrics come as the one number that
+lm-eval computes.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import importlib.metadata
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
@@ -97,9 +99,7 @@ class LMEvalTask:
 
     def _load(self, local: LocalData | None) -> dict[str, Any]:
         """Return lm-eval's tasks, ready to make requests."""
-        from lm_eval.tasks import TaskManager
-
-        manager = TaskManager()
+        manager = _manager(self.task)
         if self.task not in manager.task_index:
             raise UnknownNameError("lm-eval task", self.task, manager.all_tasks)
         # A group of one is lm-eval's way to change a task's configuration.
@@ -126,6 +126,25 @@ class LMEvalTask:
         if local:
             loaded.update(groups={}, group_map={})
         return loaded
+
+
+def _manager(task: str) -> Any:
+    """Return a task manager that knows ``task``.
+
+    lm-eval takes seconds to read its thousands of files. A task that one file defines needs only the folder of
+    that file; tags, groups and tasks that are made otherwise need them all.
+    """
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    defines = re.compile(rb"^task:\s*[\"']?%s[\"']?\s*$" % re.escape(task.encode()), re.MULTILINE)
+    root = Path(lm_eval.__file__).parent / "tasks"
+    files = [path for path in root.rglob("*.yaml") if defines.search(path.read_bytes())]
+    if len(files) == 1:
+        manager = TaskManager(include_defaults=False, include_path=str(files[0].parent))
+        if task in manager.all_subtasks:
+            return manager
+    return TaskManager()
 
 
 def _scores(results: Mapping[str, Any], tasks: Mapping[str, Any], first_as: str) -> dict[str, Scores]:

@@ -1,7 +1,7 @@
 """Data of lm-eval tasks from files on this machine, in the columns that the tasks expect.
 
-lm-eval reads JSON lines through ``datasets`` without any hub. Files that already have a task's columns are named as
-they are; others are converted once, into a folder named by the digest of their contents.
+lm-eval reads JSON lines through ``datasets`` without any hub. The files are converted once, into a folder
+named by the digest of what they hold.
 """
 
 from __future__ import annotations

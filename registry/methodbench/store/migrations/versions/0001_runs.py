@@ -5,6 +5,8 @@ Revision ID: 0001
 
 from __future__ import annotations
 
+from typing import Any
+
 import sqlalchemy as sa
 from alembic import op
 
@@ -13,7 +15,10 @@ down_revision = None
 
 
 def upgrade() -> None:
-    text, json, real, integer = sa.String(), sa.JSON(), sa.Float(), sa.BigInteger()
+    text: Any = sa.String()
+    json: Any = sa.JSON()
+    real: Any = sa.Float()
+    integer: Any = sa.BigInteger()
     op.create_table(
         "environment",
         sa.Column("digest", text, primary_key=True),
