@@ -314,6 +314,8 @@ def make_boards(records: Records, catalog: Catalog) -> list[Board]:
     for (family, kind), runs in sorted(by_place.items()):
         if all(run.baseline for run in runs) and {home[run.id].key for run in runs} <= answered:
             continue
+        if all(run.status == "not-applicable" for run in runs):
+            continue
         wanted = {home[run.id].key for run in runs}
         kinds = {run.kind for run in runs}
         shared = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,10 @@ from methodbench_leaderboard.formats import compact
 
 #: Above this ratio of largest to smallest a positive axis is logarithmic.
 LOG_RATIO = 12.0
+#: The same for costs, which come in doublings.
+COST_LOG_RATIO = 3.0
+#: Curves may rise this far above their median before the axis ends, and fall this far below it.
+RISE, FALL = 1e3, 1e9
 #: Approximate width of a character of a label, in units of the view box.
 CHARACTER = 6.1
 #: Lines of one chart of curves; more are told by neither colour nor dash.
@@ -70,17 +75,17 @@ class Scale:
 
 
 def make_scale(
-    values: Sequence[float], start: float, end: float, *, allow_log: bool = True, pad: float = 0.06
+    values: Sequence[float], start: float, end: float, *, log_ratio: float = LOG_RATIO, pad: float = 0.06
 ) -> Scale | None:
     """Return a scale that shows every finite value; None when there is none.
 
-    It is logarithmic where all values are positive and the largest is over :data:`LOG_RATIO` times the smallest.
+    It is logarithmic where all values are positive and the largest is over ``log_ratio`` times the smallest.
     """
     finite = [float(value) for value in values if math.isfinite(value)]
     if not finite:
         return None
     low, high = min(finite), max(finite)
-    if allow_log and low > 0 and high / low > LOG_RATIO:
+    if low > 0 and high / low > log_ratio:
         margin = (high / low) ** pad
         if math.isfinite(high * margin) and low / margin > 0:
             return Scale(low / margin, high * margin, start, end, True)
@@ -186,7 +191,7 @@ def pareto_chart(
     left, right, top, bottom = (
         (6.0, width - 6, 6.0, height - 6) if sketch else (56.0, width - 16, 26.0, height - 46)
     )
-    x = make_scale(costs, left, right)
+    x = make_scale(costs, left, right, log_ratio=COST_LOG_RATIO)
     qualities = [point.quality for point in drawn]
     # The better end is at the top, whichever direction the metric has.
     y = make_scale(qualities, top if lower_is_better else bottom, bottom if lower_is_better else top)
@@ -195,18 +200,22 @@ def pareto_chart(
     sign = 1.0 if lower_is_better else -1.0
     best = pareto_front(np.array([[point.cost, sign * point.quality] for point in drawn], dtype=np.float64))
     spots = [(x(point.cost), y(point.quality)) for point in drawn]
-    texts: list[tuple[float, float, str] | None] = [None] * len(drawn)
-    if not sketch:
-        first = sorted(
-            range(len(drawn)), key=lambda i: (not best[i], not drawn[i].baseline, costs[i], drawn[i].label)
-        )
-        texts = _place_labels(
-            [drawn[i].label for i in range(len(drawn))], spots, first, (left, right, top, bottom)
-        )
-    on = sorted((spot for spot, front in zip(spots, best, strict=True) if front), key=lambda spot: spot)
+    on = sorted(spot for spot, front in zip(spots, best, strict=True) if front)
     path = ""
     if len(on) > 1:
         path = f"M{on[0][0]:g},{on[0][1]:g}" + "".join(f"H{px:g}V{py:g}" for px, py in on[1:])
+    texts: list[tuple[float, float, str] | None] = [None] * len(drawn)
+    if not sketch:
+        order = sorted(
+            range(len(drawn)), key=lambda i: (not best[i], not drawn[i].baseline, costs[i], drawn[i].label)
+        )
+        lines = [
+            area
+            for (x0, y0), (x1, y1) in pairwise(on)
+            for area in ((x0, y0 - 1, x1, y0 + 1), (x1 - 1, min(y0, y1), x1 + 1, max(y0, y1)))
+        ]
+        labels = [point.label for point in drawn]
+        texts = _place_labels(labels, spots, order, (left, right, top, bottom), lines)
     marks = [
         Mark(px, py, point, bool(front), text)
         for (px, py), point, front, text in zip(spots, drawn, best, texts, strict=True)
@@ -219,20 +228,32 @@ def pareto_chart(
     )  # fmt: skip
 
 
+#: Where a label may stand beside its point, the best place first.
+_BESIDE = (
+    (8, 4, "start"),
+    (-8, 4, "end"),
+    (6, -8, "start"),
+    (-6, -8, "end"),
+    (6, 16, "start"),
+    (-6, 16, "end"),
+)
+
+
 def _place_labels(
     labels: Sequence[str],
     spots: Sequence[tuple[float, float]],
     order: Sequence[int],
     box: tuple[float, float, float, float],
+    lines: Sequence[tuple[float, float, float, float]],
 ) -> list[tuple[float, float, str] | None]:
-    """Put labels beside their points, in ``order``, where they cover neither a point nor one another."""
+    """Put labels beside their points, in ``order``, where they cover neither a point, a line nor one another."""
     left, right, top, bottom = box
-    taken = [(px - 5, py - 5, px + 5, py + 5) for px, py in spots]
+    taken = [*lines, *((px - 5, py - 5, px + 5, py + 5) for px, py in spots)]
     placed: list[tuple[float, float, str] | None] = [None] * len(labels)
     for index in order:
         px, py = spots[index]
         width = CHARACTER * len(labels[index])
-        for dx, dy, anchor in ((8, 4, "start"), (-8, 4, "end"), (6, -8, "start"), (-6, -8, "end"), (6, 16, "start"), (-6, 16, "end")):  # fmt: skip
+        for dx, dy, anchor in _BESIDE:
             start = px + dx if anchor == "start" else px + dx - width
             area = (start, py + dy - 10, start + width, py + dy + 3)
             if area[0] < left or area[2] > right + 14 or area[1] < top - 12 or area[3] > bottom:
@@ -288,7 +309,7 @@ def forest_chart(items: Sequence[Whisker], *, width: float = 560) -> ForestChart
     """Lay out intervals below one another; None where fewer than two values are finite."""
     if sum(math.isfinite(item.value) for item in items) < 2:
         return None
-    left, right = 196.0, width - 66
+    left, right = min(196.0, 16 + CHARACTER * max(len(item.label) for item in items)), width - 66
     values = [part for item in items for part in (item.value, item.low, item.high) if part is not None]
     scale = make_scale(values, left, right)
     if scale is None:
@@ -351,6 +372,8 @@ class CurveChart:
     x_ticks: list[Tick]
     y_ticks: list[Tick]
     log: bool
+    clipped: bool
+    """Whether some points lie beyond the axis; they are drawn at its edge."""
     left_out: list[str] = field(default_factory=list)
 
 
@@ -370,10 +393,7 @@ def curve_chart(curves: Sequence[Curve], *, width: float = 560, height: float = 
     finite = everything[np.isfinite(everything)]
     if not finite.size:
         return None
-    # A single explosion must not flatten every other curve: the axis ends at the middle 99 % of all points.
-    ends = [float(np.percentile(finite, 0.5)), float(np.percentile(finite, 99.5))]
-    if ends[0] > 0 and float(finite.min()) > 0:
-        ends[0] = float(finite.min())
+    ends = _limits(finite)
     y = make_scale(ends, bottom, top, pad=0.04)
     x = Scale(0.0, float(max(steps - 1, 1)), left, right, False)
     if y is None:
@@ -393,8 +413,20 @@ def curve_chart(curves: Sequence[Curve], *, width: float = 560, height: float = 
         )
     return CurveChart(
         width, height, left, right, top, bottom, lines, x.ticks(6), y.ticks(5), y.log,
+        bool(finite.min() < ends[0] or finite.max() > ends[1]),
         [curve.label for curve in usable[MOST_CURVES:]],
     )  # fmt: skip
+
+
+def _limits(finite: NDArray[np.float64]) -> tuple[float, float]:
+    """Return the ends of an axis that one exploding curve must not stretch until the others are flat."""
+    low, high = float(finite.min()), float(finite.max())
+    if low > 0:
+        middle = float(np.median(finite))
+        return max(low, middle / FALL), min(high, middle * RISE)
+    first, last = (float(value) for value in np.percentile(finite, [25, 75]))
+    reach = 10 * (last - first) or math.inf
+    return max(low, first - reach), min(high, last + reach)
 
 
 def _over_seeds(
@@ -449,7 +481,7 @@ def histogram(scores: NDArray[np.float64], *, width: float = 560, height: float 
     if finite.size < 2:
         return None
     left, right, top, bottom = 12.0, width - 12, 8.0, height - 32
-    scale = make_scale([float(finite.min()), float(finite.max())], left, right, allow_log=False, pad=0.02)
+    scale = make_scale([float(finite.min()), float(finite.max())], left, right, log_ratio=math.inf, pad=0.02)
     if scale is None:
         return None
     distinct = np.unique(finite).size

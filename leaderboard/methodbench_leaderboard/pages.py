@@ -29,6 +29,7 @@ from methodbench_leaderboard import charts, formats
 from methodbench_leaderboard.aggregate import (
     Board,
     Cell,
+    Group,
     MetricInfo,
     Question,
     Records,
@@ -45,8 +46,8 @@ from methodbench_leaderboard.aggregate import (
 
 #: Tells a folder of ours from anything else that must not be replaced.
 MARKER = ".methodbench-site"
-#: With more questions than this, a table leaves intervals to the plots below it.
-WIDE = 2
+#: With more questions than this, a table writes intervals and differences below its values.
+WIDE = 1
 #: Missing cells and failures that a page lists; the rest is counted.
 MOST_LISTED = 60
 
@@ -114,6 +115,8 @@ class _QuestionView:
     cost_label: str
     forest: charts.ForestChart | None
     curves: list[tuple[str, charts.CurveChart]]
+    compared: bool
+    """Whether some row has a difference to the baseline."""
     metrics: list[MetricInfo]
     """Every metric that the question was scored by, the primary one first."""
 
@@ -131,8 +134,8 @@ class _TableView:
 
     @property
     def columns(self) -> int:
-        per_question = 2 if self.wide else 4
-        return 1 + per_question * len(self.questions) + len(self.shows)
+        per_question = [2 if self.wide else 3 + asked.compared for asked in self.questions]
+        return 1 + sum(per_question) + len(self.shows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +145,8 @@ class _BoardView:
     tables: list[_TableView]
     runs: int
     sketch: charts.ParetoChart | None
-    top: list[Row]
+    top: Group
+    """The group of most rows on the first table, cut to the best."""
     lead: _TableView
 
 
@@ -239,7 +243,7 @@ class _Site:
             key=lambda view: (sum(map(len, (group.rows for group in view.table.groups))), view.columns),
         )
         sketch = _pareto(lead.table, lead.questions[0].question, sketch=True)[0]
-        top = [row for group in lead.table.groups for row in group.rows][:5]
+        largest = max(lead.table.groups, key=lambda group: len(group.rows), default=Group("", []))
         return _BoardView(
             board=board,
             path=f"boards/{family}/{formats.slug(kind)}.html" if kind else f"boards/{family}.html",
@@ -248,7 +252,7 @@ class _Site:
                 {run.id for t in board.tables for row in t.rows for c in row.cells.values() for run in c.runs}
             ),
             sketch=sketch,
-            top=top,
+            top=Group(largest.positions, largest.rows[:5]),
             lead=lead,
         )
 
@@ -312,6 +316,7 @@ class _Site:
             cost_label=cost_label,
             forest=forest,
             curves=self._curves(scored),
+            compared=any(cell.difference for _, cell in scored),
             metrics=sorted(metrics.values(), key=lambda metric: (metric.name != primary, metric.name)),
         )
 

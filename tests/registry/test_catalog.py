@@ -82,7 +82,7 @@ def test_a_broken_hook_is_named_and_everything_else_works(
         ("raise SystemExit(3)", "SystemExit"),
         ("def (", "SyntaxError"),
         ("1 / 0", "ZeroDivisionError"),
-        ("from methodbench.entries import Method\nMethod(name='Bad Name', kind='', family='f', impl='x', summary='')", "EntryError"),
+        ("from methodbench.entries import Family\nFamily(name='Bad Name', title='', summary='')", "EntryError"),
         ("from methodbench import hookimpl\n@hookimpl\ndef methodbench_typo():\n    return []", "methodbench_typo"),
     ],
 )  # fmt: skip

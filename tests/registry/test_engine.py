@@ -211,9 +211,18 @@ def test_a_model_is_prepared_once_and_the_dense_one_is_left_alone(store: Store, 
     )
 
 
-def test_a_crash_in_one_task_keeps_the_results_of_those_before_it(store: Store, catalog: Catalog) -> None:
-    report = run(store, catalog, suite("noop", tasks=["toy:2", "toy-value", "toy:5"]))
-    assert [len(store.metrics([run.id])[0].unit_scores()) for run in report.runs.values()] == [2, 4, 5]
+def test_a_crash_in_one_task_costs_that_cell_alone(store: Store, catalog: Catalog) -> None:
+    tasks = ["toy-norm", "toy-crash", "toy-mean"]
+    report = run(store, catalog, suite("scale", models=["toy-linear"], tasks=tasks))
+    ends = {run.task: (run.status, run.reason) for run in report.runs.values()}
+    assert ends == {
+        "toy-norm": ("ok", ""),
+        "toy-crash": ("failed", "killed by SIGKILL"),
+        "toy-mean": ("ok", ""),
+    }
+    logs = {run.task: run.log_tail for run in report.runs.values()}
+    assert "about to die" in logs["toy-crash"]
+    assert "about to die" not in logs["toy-norm"] + logs["toy-mean"]
 
 
 def test_ctrl_c_ends_the_workers_and_the_next_run_goes_on(store: Store, catalog: Catalog) -> None:
@@ -248,7 +257,8 @@ def test_a_driver_killed_mid_grid_loses_no_finished_cell(catalog: Catalog, tmp_p
         "from methodbench.cli.progress import LineReporter\n"
         "points = [EntryPoint('toybench', 'toybench.plugin', 'methodbench')]\n"
         "grid = {'value': [i / 10 for i in range(60)]}\n"
-        "suite = {'name': 't', 'comparisons': [{'methods': [{'name': 'noop', 'grid': grid}], 'tasks': ['toy-value']}]}\n"
+        "comparison = {'methods': [{'name': 'noop', 'grid': grid}], 'tasks': ['toy-value']}\n"
+        "suite = {'name': 't', 'comparisons': [comparison]}\n"
         "sys.stdout.reconfigure(line_buffering=True)\n"
         f"api.run(suite, db={db!r}, reporter=LineReporter(), catalog=load_catalog(points=points))\n"
     )

@@ -1,0 +1,140 @@
+// Adds sorting, a text filter and copy buttons to pages that are complete without it; keeps both in the address.
+(function () {
+  "use strict";
+
+  const state = readState();
+
+  function readState() {
+    const hash = location.hash.slice(1);
+    // Anything without "=" is an ordinary anchor.
+    return new URLSearchParams(hash.includes("=") ? hash : "");
+  }
+
+  function saveState() {
+    const text = state.toString();
+    const address = location.pathname + location.search + (text ? "#" + text : "");
+    try {
+      history.replaceState(null, "", address);
+    } catch (error) {
+      // Some browsers forbid it for files; the page works without.
+    }
+  }
+
+  function text(cell) {
+    return cell ? cell.textContent.trim().toLowerCase() : "";
+  }
+
+  function compare(a, b, column, kind, sign) {
+    const left = a.cells[column], right = b.cells[column];
+    if (kind === "text") return sign * text(left).localeCompare(text(right), "en", { numeric: true });
+    const x = left && left.dataset.sort, y = right && right.dataset.sort;
+    // Cells without a number come last in either direction.
+    if (!x || !y) return (x ? 0 : 1) - (y ? 0 : 1);
+    return sign * (Number(x) - Number(y));
+  }
+
+  function sortTable(table, header, ascending) {
+    const row = header.parentElement;
+    const column = Array.from(row.cells).indexOf(header);
+    for (const other of row.cells) other.removeAttribute("aria-sort");
+    header.setAttribute("aria-sort", ascending ? "ascending" : "descending");
+    for (const body of table.tBodies) {
+      if (body.classList.contains("heading")) continue;
+      const rows = Array.from(body.rows);
+      rows.sort((a, b) => compare(a, b, column, header.dataset.sorts, ascending ? 1 : -1));
+      body.append(...rows);
+    }
+    return column;
+  }
+
+  function makeSortable(table) {
+    const head = table.tHead.rows[table.tHead.rows.length - 1];
+    for (const header of head.cells) {
+      if (!header.dataset.sorts) continue;
+      const button = document.createElement("button");
+      button.type = "button";
+      button.append(...header.childNodes);
+      header.append(button);
+      button.addEventListener("click", () => {
+        const current = header.getAttribute("aria-sort");
+        const ascending = current ? current === "descending" : header.dataset.sorts !== "down";
+        const column = sortTable(table, header, ascending);
+        if (table.id) {
+          state.set("sort." + table.id, (ascending ? "" : "-") + column);
+          saveState();
+        }
+      });
+    }
+    const wanted = table.id && state.get("sort." + table.id);
+    const header = wanted && head.cells[Number(wanted.replace("-", ""))];
+    if (header && header.dataset.sorts) sortTable(table, header, !wanted.startsWith("-"));
+  }
+
+  function makeFilter(input) {
+    const status = document.getElementById("filter-status");
+    const rows = Array.from(document.querySelectorAll("tr[data-find]"));
+    const ranked = document.querySelector("table.board") !== null;
+    const apply = () => {
+      const words = input.value.toLowerCase().split(/\s+/).filter(Boolean);
+      let shown = 0;
+      for (const row of rows) {
+        row.hidden = !words.every((word) => row.dataset.find.includes(word));
+        if (!row.hidden) shown += 1;
+      }
+      status.textContent = words.length
+        ? shown + " of " + rows.length + " rows" + (ranked ? "; ranks are those among all rows" : "")
+        : "";
+      if (input.value) state.set("q", input.value);
+      else state.delete("q");
+    };
+    input.value = state.get("q") || "";
+    apply();
+    input.addEventListener("input", () => { apply(); saveState(); });
+    input.form.addEventListener("submit", (event) => event.preventDefault());
+  }
+
+  function makeCopyable(block) {
+    const code = block.querySelector("code");
+    const button = document.createElement("button");
+    button.type = "button";
+    button.textContent = "Copy";
+    button.setAttribute("aria-live", "polite");
+    button.addEventListener("click", async () => {
+      const done = await copy(code);
+      button.textContent = done ? "Copied" : "Press Ctrl-C";
+      setTimeout(() => { button.textContent = "Copy"; }, 1600);
+    });
+    block.append(button);
+  }
+
+  async function copy(code) {
+    try {
+      await navigator.clipboard.writeText(code.textContent);
+      return true;
+    } catch (error) {
+      const range = document.createRange();
+      range.selectNodeContents(code);
+      const selection = getSelection();
+      selection.removeAllRanges();
+      selection.addRange(range);
+      return document.execCommand("copy");
+    }
+  }
+
+  for (const form of document.querySelectorAll(".needs-script")) form.hidden = false;
+  document.querySelectorAll("table.sortable").forEach(makeSortable);
+  const input = document.getElementById("filter");
+  if (input) makeFilter(input);
+  document.querySelectorAll("pre.copy").forEach(makeCopyable);
+  for (const box of document.querySelectorAll(".scroll")) {
+    const mark = () => box.classList.toggle("scrolled", box.scrollLeft > 2);
+    box.addEventListener("scroll", mark, { passive: true });
+    // What scrolls must be reachable by keyboard, and only that.
+    const reach = () => {
+      if (box.scrollWidth > box.clientWidth) box.tabIndex = 0;
+      else box.removeAttribute("tabindex");
+    };
+    reach();
+    addEventListener("resize", reach);
+  }
+})();

@@ -20,6 +20,8 @@ import psutil
 
 #: Seconds between SIGTERM and SIGKILL.
 _GRACE = 2.0
+#: Seconds between two looks at the workers' time and memory.
+_LOOK_SECONDS = 0.1
 _LOG_TAIL = 8000
 #: A server that dies this often without finishing anything is not started again.
 _MAX_DEATHS = 3
@@ -67,6 +69,8 @@ class _Running:
     limit: float = 0.0
     log_start: int = 0
     """Where the log of the cell that runs begins."""
+    released: bool = False
+    """True once its last cell is on disk: what is left is to leave, so that its cores are free."""
     verdict: tuple[str, str] | None = None
     """(status, reason) once the driver has decided to end it."""
     terminated_at: float | None = None
@@ -89,22 +93,28 @@ class LocalExecutor:
         self._buffer = b""
         self._running: dict[str, _Running] = {}
         self._oom_kills = _oom_kills()
+        self._next_look = 0.0
 
     def run(self, jobs: Sequence[Mapping[str, Any]], sink: Sink) -> None:
         waiting = deque(jobs)
         deaths = 0
+        written: list[_Running] = []
         while waiting or self._running:
             if self._server is None:
                 # A module that kills the server while it is imported must not do so again.
                 self._start_server(self.preload if deaths == 0 else [])
             while waiting and self._fits(waiting[0]):
                 self._send(waiting.popleft())
+            # Records are written while the next worker starts.
+            for running in written:
+                self._collect(running, sink)
+            written.clear()
             for event in self._events(timeout=0.1):
                 if event["event"] == "died":
                     deaths += 1
                     self._requeue(waiting, sink, give_up=deaths >= _MAX_DEATHS)
                 else:
-                    self._handle(event, sink)
+                    self._handle(event, waiting, sink, written)
             self._watch()
 
     # Processes
@@ -126,7 +136,9 @@ class LocalExecutor:
     def _send(self, job: Mapping[str, Any]) -> None:
         assert self._server is not None
         assert self._server.stdin is not None
-        self._running[job["id"]] = _Running(job, next_cell=job["first"])
+        log = Path(job["log"])
+        log_start = log.stat().st_size if log.exists() else 0
+        self._running[job["id"]] = _Running(job, next_cell=job["first"], log_start=log_start)
         # A server that is gone shows as end of its output, and the job goes back to the queue then.
         with contextlib.suppress(BrokenPipeError):
             self._server.stdin.write(json.dumps({"do": "start", "job": job}).encode() + b"\n")
@@ -163,7 +175,7 @@ class LocalExecutor:
         return self.cores if "again" in job else min(job["threads"], self.cores)
 
     def _fits(self, job: Mapping[str, Any]) -> bool:
-        used = sum(self._cores_of(running.job) for running in self._running.values())
+        used = sum(self._cores_of(running.job) for running in self._running.values() if not running.released)
         return used + self._cores_of(job) <= self.cores
 
     def _requeue(self, waiting: deque[Mapping[str, Any]], sink: Sink, *, give_up: bool) -> None:
@@ -176,15 +188,15 @@ class LocalExecutor:
             again = {**running.job, "first": running.next_cell, "again": True}
             stuck = "again" in running.job and running.job["first"] == running.next_cell
             if give_up or stuck:
-                self._fail_rest(running, sink, "failed", "the fork server died while this cell ran")
+                reason = "the fork server died while this cell ran"
+                self._give_up_cell(running, waiting, sink, "failed", reason)
             elif running.next_cell < len(_cells(again)):
                 waiting.appendleft(again)
         self._running.clear()
         if give_up:
             for job in waiting:
-                self._fail_rest(
-                    _Running(job, next_cell=job["first"]), sink, "failed", "the fork server died repeatedly"
-                )
+                for index in range(job["first"], len(_cells(job))):
+                    sink.finished(job, index, CellOutcome("failed", "the fork server died repeatedly"))
             waiting.clear()
 
     # Events
@@ -201,31 +213,37 @@ class LocalExecutor:
         *lines, self._buffer = (self._buffer + chunk).split(b"\n")
         return [json.loads(line) for line in lines]
 
-    def _handle(self, event: Mapping[str, Any], sink: Sink) -> None:
+    def _handle(
+        self,
+        event: Mapping[str, Any],
+        waiting: deque[Mapping[str, Any]],
+        sink: Sink,
+        written: list[_Running],
+    ) -> None:
         running = self._running.get(event.get("job", ""))
         if running is None:
             return
         match event["event"]:
             case "started":
                 running.pid = event["pid"]
-                self._arm(running)
+                self._arm(running, running.next_cell)
                 sink.started(running.job)
             case "phase":
                 sink.phase(running.job, event["phase"])
             case "cell":
-                self._collect(running, sink)
-                self._arm(running)
+                written.append(running)
+                running.released = event["index"] + 1 == len(_cells(running.job))
+                self._arm(running, event["index"] + 1)
             case "exit":
                 del self._running[running.job["id"]]
                 self._collect(running, sink)
                 status, reason = running.verdict or _explain_exit(event["status"], self._oom_kills)
-                self._fail_rest(running, sink, status, reason)
+                self._give_up_cell(running, waiting, sink, status, reason)
 
-    def _arm(self, running: _Running) -> None:
+    def _arm(self, running: _Running, cell: int) -> None:
         cells = _cells(running.job)
-        if running.next_cell < len(cells):
-            running.limit = cells[running.next_cell]["timeout"]
-            running.deadline = time.monotonic() + running.limit
+        running.limit = cells[cell]["timeout"] if cell < len(cells) else _GRACE
+        running.deadline = time.monotonic() + running.limit
 
     def _collect(self, running: _Running, sink: Sink) -> None:
         """Report the cells whose results are on disk."""
@@ -235,25 +253,32 @@ class LocalExecutor:
             if not path.is_file():
                 return
             result = json.loads(path.read_text())
-            tail = read_tail(running.job["log"], running.log_start)
-            running.log_start = _size(running.job["log"])
+            end = result.get("log_end")
+            tail = read_tail(running.job["log"], running.log_start, end)
+            running.log_start = end or 0
             outcome = CellOutcome(result["status"], result.get("reason", ""), result, tail)
             path.unlink()
             sink.finished(running.job, running.next_cell, outcome)
             running.next_cell += 1
 
     @staticmethod
-    def _fail_rest(running: _Running, sink: Sink, status: str, reason: str) -> None:
-        """Report the cells of a worker that is gone: the one that ran is to blame, those behind it never began."""
-        tail = read_tail(running.job["log"], running.log_start)
-        for index in range(running.next_cell, len(_cells(running.job))):
-            first = index == running.next_cell
-            why = reason if first else f"not run: an earlier cell of the same worker ended it ({reason})"
-            sink.finished(running.job, index, CellOutcome(status, why, {}, tail if first else ""))
+    def _give_up_cell(
+        running: _Running, waiting: deque[Mapping[str, Any]], sink: Sink, status: str, reason: str
+    ) -> None:
+        """Report the cell that ran when its worker ended; those behind it get another worker."""
+        index, count = running.next_cell, len(_cells(running.job))
+        if index < count:
+            outcome = CellOutcome(status, reason, {}, read_tail(running.job["log"], running.log_start))
+            sink.finished(running.job, index, outcome)
+        if index + 1 < count:
+            waiting.appendleft({**running.job, "first": index + 1})
 
     def _watch(self) -> None:
         """End workers that are over their time or memory: SIGTERM, then SIGKILL, to the whole process group."""
         now = time.monotonic()
+        if now < self._next_look:
+            return
+        self._next_look = now + _LOOK_SECONDS
         for running in self._running.values():
             if running.terminated_at is not None:
                 if now - running.terminated_at > _GRACE:
@@ -299,16 +324,12 @@ def _oom_kills() -> int:
     return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)
 
 
-def read_tail(path: str, start: int = 0) -> str:
-    """Return the last 8,000 bytes of a log from position ``start`` on; empty when there is none."""
+def read_tail(path: str, start: int = 0, end: int | None = None) -> str:
+    """Return the last 8,000 bytes of a log between two positions; empty when there is none."""
     try:
         with open(path, "rb") as log:
-            end = log.seek(0, os.SEEK_END)
-            log.seek(max(start, end - _LOG_TAIL))
-            return log.read().decode("utf-8", "replace")
+            last = log.seek(0, os.SEEK_END) if end is None else end
+            first = log.seek(max(start, last - _LOG_TAIL))
+            return log.read(max(0, last - first)).decode("utf-8", "replace")
     except OSError:
         return ""
-
-
-def _size(path: str) -> int:
-    return os.path.getsize(path) if os.path.exists(path) else 0

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.random  # NumPy imports it on first use, which would be in every worker
 
 from methodbench import params, stats
 from methodbench.catalog import load_implementation
@@ -115,6 +116,8 @@ class _Bench:
             result["warnings"] = ctx.warnings
             result["peak_memory_bytes"] = peak_memory_bytes()
             sys.stdout.flush()
+            # Where this cell's share of the job's log ends.
+            result["log_end"] = os.fstat(1).st_size
             _write(self.job, index, result)
             self.emit({"event": "cell", "index": index})
 

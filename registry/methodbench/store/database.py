@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +36,8 @@ class Store:
 
     engine: Engine
     url: str
+    known_environments: set[str] = field(default_factory=set)
+    """Digests of environments that are in the database for sure."""
 
     def close(self) -> None:
         self.engine.dispose()
@@ -60,7 +62,8 @@ class Store:
     ) -> None:
         """Write one finished cell in one transaction."""
         with self._session() as session:
-            if environment is not None and session.get(Environment, environment.digest) is None:
+            unknown = environment is not None and environment.digest not in self.known_environments
+            if environment is not None and unknown and session.get(Environment, environment.digest) is None:
                 session.add(Environment(**environment.model_dump()))
                 session.flush()
             session.add(run)
@@ -68,6 +71,8 @@ class Store:
             session.add_all(metrics)
             session.add_all(series)
             session.commit()
+            if environment is not None:
+                self.known_environments.add(environment.digest)
 
     def latest(self, cell_keys: Iterable[str]) -> dict[str, Run]:
         """Return the newest finished run of each cell, an ``ok`` one before any other."""

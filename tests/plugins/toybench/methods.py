@@ -29,8 +29,8 @@ class Misbehave:
     """Does one bad thing."""
 
     how: Literal[
-        "raise", "hang", "hang-hard", "memory", "segfault", "kill", "exit", "diverge", "not-applicable", "orphan", "hog",
-        "kill-server", "nonsense",
+        "raise", "hang", "hang-hard", "memory", "segfault", "kill", "exit", "diverge", "not-applicable", "orphan",
+        "hog", "kill-server", "nonsense",
     ] = "raise"  # fmt: skip
     note: str = ""
 

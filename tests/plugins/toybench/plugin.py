@@ -67,6 +67,10 @@ def methodbench_tasks():
             name="toy-mean", kinds=("compressor",), accepts=("toy-net",), impl="toybench.tasks:Mean", summary="Mean.",
             metrics=(Metric(name="mean", direction="lower", primary=True),), protocol=3, threads=1,
         ),
+        Task(
+            name="toy-crash", kinds=("compressor",), accepts=("toy-net",), impl="toybench.tasks:Crash", summary="Dies.",
+            metrics=(Metric(name="norm", direction="lower", primary=True),), protocol=1, threads=1,
+        ),
     ]  # fmt: skip
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from typing import Annotated
 
 import numpy as np
@@ -55,3 +57,12 @@ class Mean(Norm):
 
     def evaluate(self, model, ctx):
         return Evaluation(scores={"mean": Scores(_weights(model).mean(axis=1))})
+
+
+@hyperparameters
+class Crash(Norm):
+    """Ends the worker."""
+
+    def evaluate(self, model, ctx):
+        print("about to die")
+        os.kill(os.getpid(), signal.SIGKILL)

@@ -1,10 +1,9 @@
-"""GPTQ: accurate post-training quantization for generative pre-trained transformers (Frantar et al., ICLR
-2023).
+"""GPTQ: accurate post-training quantization for generative pre-trained transformers.
 
-One Linear at a time is rounded column by column, and the error of every column is spread over the columns
-that are not rounded yet, so that the layer's output error on calibration inputs ``X`` grows as little as
-possible. The inverse Hessian of that error says how. With ``H = 2 X^T X`` damped, and ``U`` upper triangular
-such that ``H^-1 = U^T U``::
+Frantar et al., ICLR 2023. One Linear at a time is rounded column by column, and the error of every column is
+spread over the columns that are not rounded yet, so that the layer's output error on calibration inputs ``X``
+grows as little as possible. The inverse Hessian of that error says how. With ``H = 2 X^T X`` damped, and
+``U`` upper triangular such that ``H^-1 = U^T U``::
 
     q_j = quantize(w_j);  e_j = (w_j - q_j) / U_jj;  w_k <- w_k - e_j U_jk  for every k > j
 

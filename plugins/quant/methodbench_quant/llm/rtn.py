@@ -6,7 +6,7 @@ independent of each other and no data is needed. With ``b`` bits, scale ``s`` an
     W_q = s * (clamp(round(W / s) + z, 0, 2^b - 1) - z)
 
 ``convention`` chooses how ``s`` and ``z`` follow from the extremes: papers differ, see
-:mod:`methodbench.torchkit.quantizers`. Activations may be rounded as well, one grid per token found at run
+:mod:`methodbench.torchkit.quantizers`. Activations may be rounded as well, by a grid per token found at run
 time.
 """
 

@@ -131,8 +131,8 @@ class LMEvalTask:
 def _manager(task: str) -> Any:
     """Return a task manager that knows ``task``.
 
-    lm-eval takes seconds to read its thousands of files. A task that one file defines needs only the folder of
-    that file; tags, groups and tasks that are made otherwise need them all.
+    lm-eval takes seconds to read its thousands of files. A task that one file defines needs only the folder
+    of that file; tags, groups and tasks that are made otherwise need them all.
     """
     import lm_eval
     from lm_eval.tasks import TaskManager

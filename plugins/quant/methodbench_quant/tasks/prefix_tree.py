@@ -76,8 +76,8 @@ def build_trees(sequences: Sequence[Tokens], *, limit: int, worth: int, fill: in
     for number in sorted(range(len(sequences)), key=lambda number: list(sequences[number])):
         sequence = sequences[number]
         shared = common_prefix(sequences[previous], sequence) if trees else 0
-        nodes = len(trees[-1]) + len(sequence) - shared if trees else limit + 1
-        if nodes <= fill or (shared >= worth and nodes <= limit):
+        nodes = len(trees[-1]) + len(sequence) - shared if trees else 0
+        if trees and (nodes <= fill or (shared >= worth and nodes <= limit)):
             trees[-1].add(number, sequence, trees[-1].paths[previous][:shared])
         else:
             trees.append(Tree())

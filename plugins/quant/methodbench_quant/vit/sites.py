@@ -256,20 +256,28 @@ class Draft:
         zero = quantized.zero
         if zero is not None and bool((zero.abs() >= 2**15).any()):
             raise DivergedError(f"{name} has an almost constant row, whose zero point needs over 16 bits")
+        packed: nn.Module
         if isinstance(layer, SimulatedConv2d):
             kernels = PackedLinear.from_quantized(quantized, dtype=layer.weight.dtype)
-            return PackedConv2d(layer, kernels, layer.input_quantizer).train(layer.training)
-        linear = dense_linear(layer, name)
-        return pack_linear(linear, quantized, input_quantizer=cast(nn.Module, linear.input_quantizer))
+            packed = PackedConv2d(layer, kernels, layer.input_quantizer).train(layer.training)
+        else:
+            linear = dense_linear(layer, name)
+            packed = kernels = pack_linear(
+                linear, quantized, input_quantizer=linear.get_submodule("input_quantizer")
+            )
+        # The activations' scales were searched behind the exact weights: half-precision scales would move
+        # activations over rounding boundaries all the way down.
+        kernels.scale = quantized.scale
+        return packed
 
     def _accounted_bits(self) -> float:
-        """Codes, an fp16 scale per row, a zero point as wide as a code, or of 16 bits where off the grid."""
+        """Codes, an fp32 scale per row, a zero point as wide as a code, or of 16 bits where off the grid."""
         total, count = 0, 0
         for name in self.model.adapter.targets(self.model.module):
             quantized = self.weights[name]
             rows, zero = quantized.codes.shape[0], quantized.zero
             on_grid = zero is not None and bool(((zero >= 0) & (zero < 2**self.bits)).all())
-            total += self.bits * quantized.codes.numel() + rows * (16 + (self.bits if on_grid else 16))
+            total += self.bits * quantized.codes.numel() + rows * (32 + (self.bits if on_grid else 16))
             count += quantized.codes.numel()
         return total / count
 

@@ -1,0 +1,87 @@
+"""PIQA requests: our lm-eval back end beside lm-eval's own HFLM, at the best batch size of each.
+
+    python benchmarks/lm_eval_backend.py [--model FOLDER] [--items 100] [--rounds 5] [--json FILE]
+
+Needs METHODBENCH_DATA with ``piqa/valid.jsonl``. Both sides answer the same requests; log-likelihoods must agree
+to 1e-3 and greedy answers exactly.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from common import Figure, alternate, language_model, parser, report
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+
+from methodbench.sources import data_path
+from methodbench_quant.tasks.batched_lm import BatchedLM
+
+PEER_BATCHES = (1, 2, 4, 8, 16)
+OUR_BATCHES = (256, 512, 1024)
+
+Answers = list[tuple[float, bool]]
+
+
+def requests(path: Path, items: int) -> list[Instance]:
+    """Return the two requests of each of the first ``items`` questions."""
+    made = []
+    for line in path.read_text().splitlines()[:items]:
+        item = json.loads(line)
+        for choice, answer in enumerate((item["sol1"], item["sol2"])):
+            arguments = (f"Question: {item['goal']}\nAnswer:", f" {answer}")
+            made.append(Instance("loglikelihood", item, arguments, choice))
+    return made
+
+
+def main() -> int:
+    """Measure, print, and return 1 when ours is slower than the limit allows."""
+    options = parser(__doc__ or "")
+    options.add_argument("--model", type=Path)
+    options.add_argument("--items", type=int, default=100)
+    given = options.parse_args()
+    path = data_path("piqa/valid.jsonl")
+    if path is None:
+        print("piqa/valid.jsonl is in none of the folders of METHODBENCH_DATA", file=sys.stderr)
+        return 2
+    model = language_model(given.model)
+    asked = requests(path, given.items)
+
+    def peer(batch: int, questions: list[Instance]) -> Answers:
+        lm = HFLM(pretrained=model.module, tokenizer=model.tokenizer, batch_size=batch)
+        return lm.loglikelihood(questions, disable_tqdm=True)
+
+    def ours(tokens: int, questions: list[Instance]) -> Answers:
+        return BatchedLM(model, batch_tokens=tokens).loglikelihood(questions)
+
+    # The best batch size of each side is found on a part of the requests.
+    part = asked[: max(16, len(asked) // 4)]
+    best_peer = fastest({batch: partial(peer, batch, part) for batch in PEER_BATCHES})
+    best_ours = fastest({tokens: partial(ours, tokens, part) for tokens in OUR_BATCHES})
+    print(f"best batches: ours {best_ours} tokens, peer {best_peer} requests")
+
+    mine, theirs = ours(best_ours, asked), peer(best_peer, asked)
+    apart = max(abs(a[0] - b[0]) for a, b in zip(mine, theirs, strict=True))
+    unequal = sum(a[1] != b[1] for a, b in zip(mine, theirs, strict=True))
+    print(f"largest difference of log-likelihoods {apart:.2e}, unequal greedy answers {unequal}")
+    if apart > 1e-3 or unequal:
+        return 1
+    seconds = alternate(
+        {"ours": lambda: ours(best_ours, asked), "peer": lambda: peer(best_peer, asked)}, given.rounds
+    )
+    rates = {name: len(asked) / value for name, value in seconds.items()}
+    return report([Figure("piqa", rates["ours"], rates["peer"], 2.0, "requests/s")], given.json)
+
+
+def fastest(contestants: dict[int, Callable[[], Answers]]) -> int:
+    """Return the key of the fastest contestant."""
+    seconds = alternate({str(key): run for key, run in contestants.items()}, rounds=2)
+    return int(min(seconds, key=seconds.__getitem__))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
