@@ -177,11 +177,15 @@ def pareto_chart(
     points: Sequence[Point],
     *,
     lower_is_better: bool,
+    joined: bool = True,
     width: float = 560,
     height: float = 330,
     sketch: bool = False,
 ) -> ParetoChart | None:
-    """Lay out quality against cost; None where fewer than two points or only one cost can be drawn."""
+    """Lay out quality against cost; None where fewer than two points or only one cost can be drawn.
+
+    The front is left out unless the points are ``joined``: some are not to be compared with one another.
+    """
     drawn = [point for point in points if math.isfinite(point.cost) and math.isfinite(point.quality)]
     if len(drawn) < 2:
         return None
@@ -199,6 +203,8 @@ def pareto_chart(
         return None
     sign = 1.0 if lower_is_better else -1.0
     best = pareto_front(np.array([[point.cost, sign * point.quality] for point in drawn], dtype=np.float64))
+    if not joined:
+        best = np.zeros(len(drawn), dtype=np.bool_)
     spots = [(x(point.cost), y(point.quality)) for point in drawn]
     on = sorted(spot for spot, front in zip(spots, best, strict=True) if front)
     path = ""

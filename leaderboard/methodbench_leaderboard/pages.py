@@ -510,7 +510,11 @@ def _pareto(
                 )
             )
         chart = charts.pareto_chart(
-            points, lower_is_better=question.metric.lower_is_better, sketch=sketch, **size
+            points,
+            lower_is_better=question.metric.lower_is_better,
+            joined=len(table.groups) < 2,
+            sketch=sketch,
+            **size,
         )
         if chart is not None:
             return chart, label

@@ -153,6 +153,15 @@ def test_search_takes_the_range_with_the_least_error(bits: int, seed: int, share
         assert float(error[row]) == pytest.approx(min(tried), rel=1e-2)
 
 
+@given(BITS, SEEDS, st.sampled_from([0.125, 4.0, 1024.0]))
+@settings(max_examples=15, deadline=None)
+def test_codes_do_not_depend_on_the_unit_of_the_tensor(bits: int, seed: int, factor: float) -> None:
+    x = normal(3, 200, seed=seed) + 1
+    grid, scaled = (search_uniform(y, bits, PERCENTILES) for y in (x, factor * x))
+    assert torch.equal(scaled.encode(factor * x), grid.encode(x))
+    assert torch.equal(scaled.scale, factor * grid.scale)
+
+
 def test_percentiles_of_huge_tensors_agree_with_those_of_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     x = normal(2, 5000)
     small = search_uniform(x, 4, PERCENTILES)
@@ -397,13 +406,13 @@ def test_outlier_channels_cost_the_per_tensor_variant_more(model: LoadedModel, d
 
 def test_blocks_that_normalize_afterwards_are_refused(data: Calibration) -> None:
     model = vit(block_fn=ResPostBlock)
-    with pytest.raises(NotApplicableError, match="does not read the output of blocks.0.norm1"):
+    with pytest.raises(NotApplicableError, match=r"does not read the output of blocks\.0\.norm1"):
         repq(model, data)
 
 
 def test_layers_that_the_model_never_calls_are_refused(model: LoadedModel, data: Calibration) -> None:
     model.module.unused = nn.Linear(3, 3)
-    with pytest.raises(NotApplicableError, match="no activation reaches unused.input_quantizer"):
+    with pytest.raises(NotApplicableError, match=r"no activation reaches unused\.input_quantizer"):
         minmax(model, data)
 
 
