@@ -258,8 +258,10 @@ def read_records(store: Store) -> Records:
     hasher = hashlib.sha256()
     for run in runs:
         hasher.update(_columns(run))
-        for child in (*metrics[run.id], *series[run.id]):
-            hasher.update(_columns(child))
+        for metric in metrics[run.id]:
+            hasher.update(_columns(metric))
+        for curve in series[run.id]:
+            hasher.update(_columns(curve))
     return Records(runs, dict(metrics), dict(series), store.environments(), hasher.hexdigest())
 
 
@@ -506,8 +508,8 @@ def _estimate(metrics: Sequence[MetricValue]) -> Estimate:
         return Estimate(info, float(np.mean(by_seed)), None, None, np.empty(0), by_seed)
     with np.errstate(invalid="ignore"):
         averaged = np.mean(scores, axis=0)
-    interval = bootstrap_interval(averaged, info.aggregate) or (None, None)
-    return Estimate(info, aggregate(averaged, info.aggregate), *interval, averaged, by_seed)
+    low, high = bootstrap_interval(averaged, info.aggregate) or (None, None)
+    return Estimate(info, aggregate(averaged, info.aggregate), low, high, averaged, by_seed)
 
 
 def number(value: float | None) -> float:

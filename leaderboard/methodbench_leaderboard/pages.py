@@ -1,4 +1,4 @@
-"""Writes the pages: view models from boards and records, rendered by templates into a folder that is then swapped in."""
+"""Writes the pages: view models of boards and records, rendered into a folder that is then swapped in."""
 
 from __future__ import annotations
 
@@ -394,7 +394,8 @@ class _Site:
             [*_RUN_FIELDS, "started_at", *(f"metric_{name}" for name in _METRIC_FIELDS), "params"]
         )
         for run in self.records.runs:
-            for metric in self.records.metrics.get(run.id, []) or [None]:
+            found: list[MetricValue | None] = [*self.records.metrics.get(run.id, [])]
+            for metric in found or [None]:
                 writer.writerow(
                     [
                         *(_csv_cell(getattr(run, name)) for name in _RUN_FIELDS),

@@ -17,7 +17,7 @@ _QUALIFIED_NAME = re.compile(r"^[a-z0-9][a-z0-9._-]*(:[A-Za-z0-9][A-Za-z0-9._/@-
 _IMPL = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
 
 Direction = Literal["lower", "higher"]
-Fidelity = Literal["authors-code", "reimplementation", "paper", "partial"]
+Fidelity = Literal["authors-code", "reimplementation", "paper", "partial", "baseline"]
 Aggregate = Literal["mean", "exp-mean", "median", "single"]
 
 #: How to read ``Method.fidelity`` on the board.
@@ -26,6 +26,7 @@ FIDELITIES: Mapping[str, str] = {
     "reimplementation": "parity with a trusted re-implementation",
     "paper": "written from the paper alone",
     "partial": "only partly specified by the paper",
+    "baseline": "a baseline: no paper to be faithful to",
 }
 
 

@@ -20,8 +20,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from methodbench.context import Context
 from methodbench.errors import NotApplicableError, SourceError, UnknownNameError
+from methodbench.sources import fetch, is_cached
 from methodbench.torchkit.adapters import detect
 from methodbench.torchkit.model import LoadedModel
+from methodbench_quant.models.causal_lm import GGUFCausalLM
+from methodbench_quant.models.entries import MODELS
 from methodbench_quant.tasks.batched_lm import BatchedLM
 from methodbench_quant.tasks.lm_eval_task import LMEvalTask
 from methodbench_quant.tasks.local_data import local_data
@@ -264,6 +267,17 @@ def test_local_data_is_absent_for_other_tasks(piqa: Path) -> None:
     assert local_data("piqa_ar", piqa) is None
     assert local_data("blimp_wh_island", piqa) is None
     assert local_data("arc_easy", piqa) is None
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    """SmolLM2-135M, where its weights are in the cache of sources."""
+    entry = next(model for model in MODELS if model.name == "smollm2-135m")
+    if not is_cached(entry.source, entry.sha256):
+        pytest.skip(f"{entry.source} is not in the cache: run `methodbench sources fetch {entry.name}`")
+    folder = tmp_path_factory.mktemp("smollm2")
+    GGUFCausalLM().prepare(fetch(entry.source, sha256=entry.sha256).path, folder, Context())
+    return GGUFCausalLM().load(folder, Context())
 
 
 @pytest.mark.slow

@@ -18,7 +18,10 @@ from torch import nn
 from methodbench.context import Context
 from methodbench.errors import NotApplicableError, ParameterError, SourceError
 from methodbench.params import build
+from methodbench.sources import fetch, is_cached
 from methodbench.torchkit.model import LoadedModel
+from methodbench_quant.models.causal_lm import GGUFCausalLM
+from methodbench_quant.models.entries import MODELS
 from methodbench_quant.tasks import texts
 from methodbench_quant.tasks.entries import TASKS, task_named
 from methodbench_quant.tasks.perplexity import Perplexity, token_losses, window_losses
@@ -185,6 +188,17 @@ def test_entries_describe_tasks_and_lm_eval_names() -> None:
     assert other.options["first_as"] == other.primary.name == "score"
     assert task_named("lm-eval:") is None
     assert task_named("pydoc-ppl") is None
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    """SmolLM2-135M, where its weights are in the cache of sources."""
+    entry = next(model for model in MODELS if model.name == "smollm2-135m")
+    if not is_cached(entry.source, entry.sha256):
+        pytest.skip(f"{entry.source} is not in the cache: run `methodbench sources fetch {entry.name}`")
+    folder = tmp_path_factory.mktemp("smollm2")
+    GGUFCausalLM().prepare(fetch(entry.source, sha256=entry.sha256).path, folder, Context())
+    return GGUFCausalLM().load(folder, Context())
 
 
 @pytest.mark.slow

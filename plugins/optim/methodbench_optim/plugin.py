@@ -172,7 +172,7 @@ def _digits(architecture: str, steps: int, summary: str) -> Task:
             Metric(name="steps-to-target", direction="lower", unit="steps", aggregate="single"),
         ),
         protocol=1,
-        data="builtin:sklearn-digits",
+        data="builtin:scikit-learn/digits",
         options={"architecture": architecture, "steps": steps},
         threads=1,
         extra="optim",

@@ -24,7 +24,7 @@ def methodbench_methods() -> list[Method]:
             summary="The dense model, unchanged.",
             applies_to=("*",),
             baseline=True,
-            fidelity="authors-code",
+            fidelity="baseline",
             properties=("deterministic",),
         )
     ]

@@ -39,7 +39,7 @@ class GGUFCausalLM:
             MissingExtraError: the package ``gguf`` is not installed.
         """
         if importlib.util.find_spec("gguf") is None:
-            raise MissingExtraError("reading GGUF files", "gguf", "quant")
+            raise MissingExtraError("reading GGUF files", "gguf", "methodbench[quant]")
         if source is None or not source.is_file() or not _is_gguf(source):
             raise SourceError(f"{source} is not a GGUF file", "Its first four bytes must read GGUF.")
         where = {"gguf_file": source.name, "local_files_only": True}

@@ -32,14 +32,14 @@ from torch import Tensor, nn
 
 from methodbench.errors import NotApplicableError
 from methodbench.torchkit.model import LoadedModel
+from methodbench_quant.tasks.head import sliceable, token_scores
 from methodbench_quant.tasks.prefix_tree import Tree, batches, build_trees, common_prefix
 
 _TREE_NODES = 512
 _FILLED_NODES = 128
 _WORTH_SHARING = 4
 _WORTH_CACHING = 16
-_BATCH_TOKENS = 512
-_LOGITS = 1 << 22  # logits at a time: 16 MiB in fp32, which the allocator reuses and the cache holds
+_BATCH_TOKENS = 256
 _GENERATED_ROWS = 16
 _GENERATED_TOKENS = 256
 
@@ -260,25 +260,19 @@ class BatchedLM(TemplateLM):
         where = torch.tensor(positions, device=self._device)
         row = torch.tensor(rows, device=self._device)
         token = torch.tensor(tokens, device=self._device)
-        values = torch.empty(len(rows), device=self._device)
-        greedy = torch.empty(len(rows), dtype=torch.bool, device=self._device)
-        start = 0
-        for logits in self._logits_in_parts(ids, where, options):
-            inside = (row >= start) & (row < start + len(logits))
-            local, chosen = row[inside] - start, token[inside]
-            greedy[inside] = logits.argmax(-1)[local] == chosen
-            values[inside] = logits.log_softmax(-1)[local, chosen]
-            start += len(logits)
-        return values.tolist(), greedy.tolist()
-
-    def _logits_in_parts(self, ids: Tensor, positions: Tensor, options: dict[str, Any]) -> Iterator[Tensor]:
-        """Yield fp32 logits [some, vocabulary] at the flat ``positions``, in order."""
         if self._bare_head is None:
             self._bare_head = self._head_is_last(ids[:1, :1])
-        if self.head is None or not self._bare_head:
-            logits = self._logits_at(ids, positions, options)
-            yield from logits.split(max(1, _LOGITS // logits.shape[1]))
-            return
+        if isinstance(self.head, nn.Linear) and self._bare_head and sliceable(self.head):
+            values, greedy = token_scores(self.head, self._hidden_at(ids, where, options), row, token)
+        else:
+            logits = self._logits_at(ids, where, options)
+            values = logits.log_softmax(-1)[row, token]
+            greedy = logits.argmax(-1)[row] == token
+        return values.tolist(), greedy.tolist()
+
+    def _hidden_at(self, ids: Tensor, positions: Tensor, options: dict[str, Any]) -> Tensor:
+        """Return the hidden states [positions, hidden] that the head would read; the head is not run."""
+        assert self.head is not None
 
         def leave(_: nn.Module, args: tuple[Any, ...]) -> None:
             raise _AtHead(args[0].flatten(0, 1)[positions])
@@ -287,12 +281,10 @@ class BatchedLM(TemplateLM):
         try:
             self.module(ids, **options)
         except _AtHead as reached:
-            hidden = reached.hidden
+            return reached.hidden
         finally:
             hook.remove()
-        step = max(1, _LOGITS // (int(getattr(self.config, "vocab_size", 0)) or len(self.tokenizer)))
-        for part in hidden.split(step):
-            yield self.head(part).float()
+        raise AssertionError("the module ran to its end without its head")
 
     def _head_is_last(self, ids: Tensor) -> bool:
         """Whether the module returns its head's output as it is, without capping or scaling it."""

@@ -65,7 +65,7 @@ class LMEvalTask:
         try:
             import lm_eval
         except ImportError as error:
-            raise MissingExtraError(f"lm-eval:{self.task}", "lm-eval", "quant") from error
+            raise MissingExtraError(f"lm-eval:{self.task}", "lm-eval", "methodbench[quant]") from error
         from methodbench_quant.tasks.batched_lm import BatchedLM
 
         cache = (ctx.cache or cache_dir()) / "lm-eval"

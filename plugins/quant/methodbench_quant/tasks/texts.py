@@ -133,7 +133,7 @@ def _wikitext2_from_hub(split: str, relative: str) -> str:
     try:
         import datasets
     except ImportError as error:
-        raise MissingExtraError("WikiText-2", "datasets", "quant") from error
+        raise MissingExtraError("WikiText-2", "datasets", "methodbench[quant]") from error
     try:
         rows = datasets.load_dataset(_HUB_WIKITEXT, "wikitext-2-v1", split=split)["text"]
     except Exception as error:  # whatever the hub's client raises when it cannot be reached

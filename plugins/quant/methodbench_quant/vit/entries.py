@@ -16,7 +16,7 @@ METHODS: list[Method] = [
         applies_to=("vit",),
         needs=("calibration",),
         presets={f"w{bits}a{bits}": {"w_bits": bits, "a_bits": bits} for bits in (8, 6, 4)},
-        fidelity="paper",
+        fidelity="baseline",
         properties=("deterministic",),
         extra="quant",
     ),

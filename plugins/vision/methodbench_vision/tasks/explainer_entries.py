@@ -20,7 +20,7 @@ TASKS: list[Task] = [
         ),
         protocol=1,
         accepts=("cnn", "vit"),
-        data="builtin:photographs",
+        data="builtin:scikit-image/photographs",
         extra="vision",
     ),
     Task(
