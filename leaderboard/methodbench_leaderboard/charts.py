@@ -19,6 +19,8 @@ LOG_RATIO = 12.0
 COST_LOG_RATIO = 3.0
 #: Curves may rise this far above their median before the axis ends, and fall this far below it.
 RISE, FALL = 1e3, 1e9
+#: Where curves cross zero: this many interquartile ranges beyond the quartiles.
+REACH = 100.0
 #: Approximate width of a character of a label, in units of the view box.
 CHARACTER = 6.1
 #: Lines of one chart of curves; more are told by neither colour nor dash.
@@ -431,7 +433,7 @@ def _limits(finite: NDArray[np.float64]) -> tuple[float, float]:
         middle = float(np.median(finite))
         return max(low, middle / FALL), min(high, middle * RISE)
     first, last = (float(value) for value in np.percentile(finite, [25, 75]))
-    reach = 10 * (last - first) or math.inf
+    reach = REACH * (last - first) or math.inf
     return max(low, first - reach), min(high, last + reach)
 
 
@@ -490,8 +492,7 @@ def histogram(scores: NDArray[np.float64], *, width: float = 560, height: float 
     scale = make_scale([float(finite.min()), float(finite.max())], left, right, log_ratio=math.inf, pad=0.02)
     if scale is None:
         return None
-    distinct = np.unique(finite).size
-    count = int(min(40, max(5, math.ceil(math.sqrt(finite.size) * 1.5)), max(distinct * 2 - 1, 3)))
+    count = int(min(40, max(15, math.ceil(math.sqrt(finite.size) * 1.5))))
     counts, edges = np.histogram(finite, bins=count, range=(scale.low, scale.high))
     tallest = int(counts.max())
     bars = []

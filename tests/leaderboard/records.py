@@ -245,7 +245,8 @@ def fill(path: Path) -> Store:
     maker.run("round", "text-ppl", {"perplexity": windows}, params={"bits": 4}, variant="b4", protocol=0,
               started_at=START - timedelta(days=2), **shrink)  # fmt: skip
     maker.run(
-        f"evil{SCRIPT}", "text-ppl", status="failed", reason=f"{SCRIPT}{ATTRIBUTE}{BIDI}{LONG}", variant=f"{ATTRIBUTE}{BIDI}",
+        f"evil{SCRIPT}", "text-ppl", status="failed", reason=f"{SCRIPT}{ATTRIBUTE}{BIDI}{LONG}",
+        variant=f"{ATTRIBUTE}{BIDI}",
         params={SCRIPT: ATTRIBUTE}, command=f"methodbench run {ATTRIBUTE}", log_tail=f"</pre>{SCRIPT}\n=cmd",
         warnings=[SCRIPT], facts={ATTRIBUTE: [SCRIPT, BIDI, "half \ud800"]}, suite=SCRIPT, **shrink,
     )  # fmt: skip
