@@ -21,6 +21,8 @@ COST_LOG_RATIO = 3.0
 RISE, FALL = 1e3, 1e9
 #: Where curves cross zero: this many interquartile ranges beyond the quartiles.
 REACH = 100.0
+#: Values beyond this are drawn at the end of an axis: differences of larger ones overflow.
+LARGEST = 1e300
 #: Approximate width of a character of a label, in units of the view box.
 CHARACTER = 6.1
 #: Lines of one chart of curves; more are told by neither colour nor dash.
@@ -73,17 +75,17 @@ class Scale:
         step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw)
         first = math.ceil(self.low / step - 1e-9)
         last = math.floor(self.high / step + 1e-9)
-        return [round(index * step, 12) for index in range(first, last + 1)]
+        return [float(f"{index * step:.12g}") for index in range(first, last + 1)]
 
 
 def make_scale(
     values: Sequence[float], start: float, end: float, *, log_ratio: float = LOG_RATIO, pad: float = 0.06
 ) -> Scale | None:
-    """Return a scale that shows every finite value; None when there is none.
+    """Return a scale that shows every value up to :data:`LARGEST`; None when there is none.
 
     It is logarithmic where all values are positive and the largest is over ``log_ratio`` times the smallest.
     """
-    finite = [float(value) for value in values if math.isfinite(value)]
+    finite = [float(value) for value in values if abs(value) <= LARGEST]
     if not finite:
         return None
     low, high = min(finite), max(finite)
@@ -91,9 +93,10 @@ def make_scale(
         margin = (high / low) ** pad
         if math.isfinite(high * margin) and low / margin > 0:
             return Scale(low / margin, high * margin, start, end, True)
-    width = high - low or abs(high) * 0.1 or 1.0
-    if not math.isfinite(width):
-        return None
+    # Values that differ in their last bits only are drawn as equal.
+    size = max(abs(low), abs(high))
+    width = high - low if high - low > 1e-9 * size else 0.1 * size
+    width = width if width > 1 / LARGEST else 1.0
     return Scale(low - pad * width, high + pad * width, start, end, False)
 
 
@@ -480,12 +483,12 @@ class Histogram:
     ticks: list[Tick]
     mean: float
     left_out: int
-    """Scores that are not finite."""
+    """Scores that are not finite, or beyond :data:`LARGEST`."""
 
 
 def histogram(scores: NDArray[np.float64], *, width: float = 560, height: float = 150) -> Histogram | None:
-    """Lay out the distribution of per-unit scores; None for fewer than two finite scores."""
-    finite = scores[np.isfinite(scores)]
+    """Lay out the distribution of per-unit scores; None for fewer than two scores that can be drawn."""
+    finite = scores[np.abs(scores) <= LARGEST]
     if finite.size < 2:
         return None
     left, right, top, bottom = 12.0, width - 12, 8.0, height - 32

@@ -15,13 +15,13 @@ from methodbench_leaderboard import charts
 FLOATS = st.floats(allow_nan=True, allow_infinity=True, width=64)
 
 
-@settings(max_examples=80)
+@settings(max_examples=80, deadline=None)
 @given(st.lists(FLOATS, max_size=12))
 def test_a_scale_keeps_every_value_on_the_axis_in_order(values):
     scale = charts.make_scale(values, 10, 200)
     finite = sorted(value for value in values if math.isfinite(value))
     if scale is None:
-        assert not finite or finite[-1] - finite[0] > 1e300 or abs(finite[-1]) > 1e300
+        assert all(abs(value) > charts.LARGEST for value in finite)
         return
     at = [scale(value) for value in finite]
     assert at == sorted(at)
@@ -98,11 +98,11 @@ def test_seeds_give_a_mean_and_a_band():
     assert not single.band
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(st.lists(FLOATS, min_size=1, max_size=60))
-def test_a_histogram_counts_every_finite_score(values):
+def test_a_histogram_counts_every_score_that_can_be_drawn(values):
     chart = charts.histogram(np.array(values))
-    finite = [value for value in values if math.isfinite(value)]
+    drawable = [value for value in values if abs(value) <= charts.LARGEST]
     if chart is not None:
-        assert sum(bar.count for bar in chart.bars) == len(finite)
-        assert chart.left_out == len(values) - len(finite)
+        assert sum(bar.count for bar in chart.bars) == len(drawable)
+        assert chart.left_out == len(values) - len(drawable)

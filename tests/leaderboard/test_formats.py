@@ -37,7 +37,7 @@ def test_sizes_and_times_have_units():
     assert formats.seconds(125) == "2 min 5 s"
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(st.text(max_size=200))
 def test_a_name_never_leaves_its_folder(name):
     for made in (formats.slug(name), formats.run_slug(name)):
@@ -51,7 +51,7 @@ def test_different_names_have_different_files():
     assert len({formats.slug(name) for name in names}) == len(names)
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(st.text(alphabet=st.characters(), max_size=80))
 def test_harmless_text_can_be_written_and_turns_no_direction(text):
     clean = formats.harmless(text)
