@@ -22,8 +22,9 @@ START = datetime(2026, 1, 1, tzinfo=UTC)
 def make_run(number: int, cell: str = "cell", status: str = "ok", **more: object) -> Run:
     fields = {
         "id": f"{number:012x}", "cell_key": cell, "identity": {"a": 1}, "status": status, "method": "m",
-        "kind": "probe", "family": "f", "params_passed": {}, "params": {"x": 1.5}, "task": "t", "task_params": {}, "protocol": 1,
-        "environment_digest": "e", "started_at": START + timedelta(seconds=number), **more,
+        "kind": "probe", "family": "f", "params_passed": {}, "params": {"x": 1.5}, "task": "t",
+        "task_params": {}, "protocol": 1, "environment_digest": "e", "started_at": START + timedelta(seconds=number),
+        **more,
     }  # fmt: skip
     return Run(**fields)
 
