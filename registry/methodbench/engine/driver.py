@@ -262,8 +262,7 @@ class _Drive:
         if "prepare" in job:
             if outcome.status != "ok":
                 wanted = job["prepare"]
-                last = (outcome.log_tail.strip().splitlines() or [""])[-1]
-                reason = f"{wanted['name']} could not be prepared: {outcome.reason}. {last}".strip()
+                reason = f"{wanted['name']} could not be prepared: {outcome.reason}"
                 self.unprepared[wanted["digest"]] = reason
             return
         self._record(self.jobs[job["id"]].cells[index], outcome, threads=job["threads"])

@@ -66,24 +66,44 @@ def _settle(job: Mapping[str, Any]) -> None:
 
 
 def _prepare_model(job: Mapping[str, Any], emit: Emit) -> None:
+    """Let a loader write its model's folder, unless it is there already."""
     wanted = job["prepare"]
-    ctx = Context(seed=job["seed"], threads=job["threads"])
-    loader = params.build(load_implementation(wanted["loader"]), wanted["options"], wanted["name"])
-    _settle(job)
-    target = Path(wanted["folder"])
-    target.parent.mkdir(parents=True, exist_ok=True)
     emit({"event": "phase", "phase": f"prepare {wanted['name']}"})
-    with locked(target.with_suffix(".lock")):
-        temporary = target.with_suffix(".partial")
-        # What an attempt that was killed or failed has left; the lock says that nobody works on it.
-        shutil.rmtree(temporary, ignore_errors=True)
-        if not target.is_dir():
-            temporary.mkdir()
-            source = wanted["source"]
-            loader.prepare(Path(source) if source else None, temporary, ctx)
-            temporary.replace(target)
-    _write(job, 0, {"status": "ok"})
+    try:
+        loader = params.build(load_implementation(wanted["loader"]), wanted["options"], wanted["name"])
+        _settle(job)
+        target = Path(wanted["folder"])
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with locked(target.with_suffix(".lock")):
+            temporary = target.with_suffix(".partial")
+            # What an attempt that was killed or failed has left; the lock says that nobody works on it.
+            shutil.rmtree(temporary, ignore_errors=True)
+            if not target.is_dir():
+                temporary.mkdir()
+                source = Path(wanted["source"]) if wanted["source"] else None
+                loader.prepare(source, temporary, Context(seed=job["seed"], threads=job["threads"]))
+                temporary.replace(target)
+        result = {"status": "ok"}
+    except Exception as error:
+        result = _failure(error)
+    _write(job, 0, result)
     emit({"event": "cell", "index": 0})
+
+
+def _failure(error: Exception) -> dict[str, str]:
+    """Return status and reason of what went wrong, and leave the traceback in the log where it helps."""
+    if isinstance(error, NotApplicableError):
+        return {"status": "not-applicable", "reason": error.message}
+    if isinstance(error, DivergedError):
+        return {"status": "failed", "reason": f"diverged: {error.message}"}
+    traceback.print_exception(error)
+    if isinstance(error, MemoryError):
+        return {"status": "oom", "reason": f"out of memory: {error}".rstrip(": ")}
+    if _is_out_of_memory(error):
+        return {"status": "oom", "reason": _first_line(error)}
+    if isinstance(error, MethodbenchError):
+        return {"status": "failed", "reason": error.message}
+    return {"status": "failed", "reason": f"{type(error).__name__}: {_first_line(error)}"}
 
 
 class _Bench:
@@ -124,19 +144,8 @@ class _Bench:
     def _guarded(self, cell: Mapping[str, Any], ctx: Context) -> dict[str, Any]:
         try:
             return {"status": "ok", "reason": "", **self._cell(cell, ctx)}
-        except NotApplicableError as error:
-            return {"status": "not-applicable", "reason": error.message}
-        except DivergedError as error:
-            return {"status": "failed", "reason": f"diverged: {error.message}"}
-        except MemoryError as error:
-            return {"status": "oom", "reason": f"out of memory: {error}".rstrip(": ")}
         except Exception as error:
-            traceback.print_exc()
-            if _is_out_of_memory(error):
-                return {"status": "oom", "reason": _first_line(error)}
-            if isinstance(error, MethodbenchError):
-                return {"status": "failed", "reason": error.message}
-            return {"status": "failed", "reason": f"{type(error).__name__}: {_first_line(error)}"}
+            return _failure(error)
 
     @contextlib.contextmanager
     def _phase(self, ctx: Context, name: str) -> Iterator[None]:
