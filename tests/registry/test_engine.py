@@ -108,6 +108,7 @@ def test_same_seed_gives_the_same_bits_and_another_seed_does_not(tmp_path: Path,
         ("exit", "failed", "the worker left with exit code 3 before it had a result"),
         ("diverge", "failed", "diverged: the loss is not finite"),
         ("not-applicable", "not-applicable", "this toy does not fit"),
+        ("surrogate", "failed", "RuntimeError: a lone surrogate: ?"),
         ("nonsense", "failed", "TypeError: string indices must be integers, not 'str'"),
     ],
 )

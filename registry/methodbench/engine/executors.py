@@ -252,7 +252,7 @@ class LocalExecutor:
             path = folder / f"{running.next_cell}.json"
             if not path.is_file():
                 return
-            result = json.loads(path.read_text())
+            result = json.loads(path.read_bytes())
             end = result.get("log_end")
             tail = read_tail(running.job["log"], running.log_start, end)
             running.log_start = end or 0

@@ -316,5 +316,6 @@ def _plain(value: Any) -> Any:
 def _write(job: Mapping[str, Any], index: int, result: Mapping[str, Any]) -> None:
     path = Path(job["out"]) / f"{index}.json"
     temporary = path.with_suffix(".partial")
-    temporary.write_text(json.dumps(result, default=_plain))
+    # Messages may hold lone surrogates (undecodable file names), which no database takes.
+    temporary.write_bytes(json.dumps(result, default=_plain, ensure_ascii=False).encode("utf-8", "replace"))
     temporary.replace(path)

@@ -30,7 +30,7 @@ class Misbehave:
 
     how: Literal[
         "raise", "hang", "hang-hard", "memory", "segfault", "kill", "exit", "diverge", "not-applicable", "orphan",
-        "hog", "kill-server", "nonsense",
+        "hog", "kill-server", "nonsense", "surrogate",
     ] = "raise"  # fmt: skip
     note: str = ""
 
@@ -69,6 +69,8 @@ class Misbehave:
             case "kill-server":
                 os.kill(os.getppid(), signal.SIGKILL)
                 time.sleep(5)
+            case "surrogate":
+                raise RuntimeError("a lone surrogate: \udc80")
             case "nonsense":
                 return "nonsense"
         return {"value": 1.0}
