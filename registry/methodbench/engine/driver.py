@@ -147,7 +147,7 @@ def _fetch_weights(todo: list[Cell], report: Report, reporter: Reporter) -> list
     fetched: set[str] = set()
     for cell in todo:
         model = cell.model
-        if model is None or cell.weights_digest in fetched or cell.weights_digest in problems:
+        if model is None or cell.weights_digest in fetched:
             continue
         fetched.add(cell.weights_digest)
         if prepared_folder(cell.weights_digest).is_dir():
