@@ -13,7 +13,17 @@ from sqlalchemy import inspect, text
 from sqlmodel import SQLModel
 
 from methodbench.errors import StoreError
-from methodbench.store import SCHEMA_REVISION, Environment, MetricValue, Run, Series, Store, open_store
+from methodbench.store import (
+    SCHEMA_REVISION,
+    Environment,
+    Fingerprint,
+    MetricValue,
+    Run,
+    Series,
+    Store,
+    Witness,
+    open_store,
+)
 from methodbench.store.database import _translated
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
@@ -168,3 +178,24 @@ def test_a_locked_database_is_told(tmp_path: Path) -> None:
             with pytest.raises(StoreError, match="locked"), _translated(str(path)):
                 connection.execute(insert)
             other.rollback()
+
+
+def test_a_witness_stands_beside_its_run_and_never_takes_its_place(store: Store) -> None:
+    store.add(make_run(1), environment=ENVIRONMENT)
+    verdict = Witness(
+        run_id=f"{2:012x}", original=f"{1:012x}", verdict="drifted", tolerance=1e-6, parts_at="loss, step 3",
+        differences=[{"metric": "value"}], suspects=[{"field": "python"}],
+    )  # fmt: skip
+    marks = [{"at": "output block", "digest": "ab"}]
+    replay = make_run(2, witness_of=f"{1:012x}")
+    metric = MetricValue(run_id=replay.id, name="value", value=2.0)
+    store.add(replay, [metric], fingerprint=Fingerprint(run_id=replay.id, marks=marks), witness=verdict)
+    assert [run.id for run in store.runs()] == [f"{1:012x}"]
+    assert store.latest(["cell"])["cell"].id == f"{1:012x}"
+    assert store.frame()["run"].to_list() == [f"{1:012x}"]
+    assert len(store.runs(witnesses=True)) == 2
+    assert store.run(f"{2:012x}").witness_of == f"{1:012x}"
+    (found,) = store.witnesses(f"{1:012x}")
+    assert (found.verdict, found.suspects) == ("drifted", [{"field": "python"}])
+    assert store.fingerprint(replay.id) == marks
+    assert store.fingerprint(f"{1:012x}") == []

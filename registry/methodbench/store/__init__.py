@@ -1,6 +1,24 @@
 """Records: tables, sessions, migrations. Importing this package imports SQLModel."""
 
 from methodbench.store.database import Store, open_store
-from methodbench.store.schema import SCHEMA_REVISION, Environment, MetricValue, Run, Series
+from methodbench.store.schema import (
+    SCHEMA_REVISION,
+    Environment,
+    Fingerprint,
+    MetricValue,
+    Run,
+    Series,
+    Witness,
+)
 
-__all__ = ["SCHEMA_REVISION", "Environment", "MetricValue", "Run", "Series", "Store", "open_store"]
+__all__ = [
+    "SCHEMA_REVISION",
+    "Environment",
+    "Fingerprint",
+    "MetricValue",
+    "Run",
+    "Series",
+    "Store",
+    "Witness",
+    "open_store",
+]

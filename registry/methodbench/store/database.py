@@ -16,13 +16,24 @@ from sqlalchemy.exc import ArgumentError, DatabaseError, OperationalError
 from sqlmodel import Session, col, create_engine, select
 
 from methodbench.errors import StoreError
-from methodbench.store.schema import SCHEMA_REVISION, Environment, MetricValue, Run, Series
+from methodbench.store.schema import (
+    SCHEMA_REVISION,
+    Environment,
+    Fingerprint,
+    MetricValue,
+    Run,
+    Series,
+    Witness,
+)
 
 if TYPE_CHECKING:
     import polars as pl
 
 #: Failures are results too: a cell that ended in one of these is not run again unless asked for.
 DONE = ("ok", "failed", "timeout", "oom", "not-applicable")
+
+#: Runs that are results of their own, not repetitions of another run.
+_OWN = col(Run.witness_of).is_(None)
 
 
 def default_url() -> str:
@@ -59,6 +70,8 @@ class Store:
         metrics: Iterable[MetricValue] = (),
         series: Iterable[Series] = (),
         environment: Environment | None = None,
+        fingerprint: Fingerprint | None = None,
+        witness: Witness | None = None,
     ) -> None:
         """Write one finished cell in one transaction."""
         with self._session() as session:
@@ -70,6 +83,7 @@ class Store:
             session.flush()
             session.add_all(metrics)
             session.add_all(series)
+            session.add_all(row for row in (fingerprint, witness) if row is not None)
             session.commit()
             if environment is not None:
                 self.known_environments.add(environment.digest)
@@ -80,7 +94,7 @@ class Store:
         found: dict[str, Run] = {}
         with self._session() as session:
             for start in range(0, len(wanted), 500):
-                query = select(Run).where(col(Run.cell_key).in_(wanted[start : start + 500]))
+                query = select(Run).where(col(Run.cell_key).in_(wanted[start : start + 500]), _OWN)
                 for run in session.exec(query.order_by(col(Run.started_at))):
                     before = found.get(run.cell_key)
                     if before is None or run.status == "ok" or before.status != "ok":
@@ -98,10 +112,25 @@ class Store:
             raise StoreError(f"run {run_id!r} is ambiguous", "Give more digits of its id.")
         return found[0]
 
-    def runs(self) -> list[Run]:
-        """Return every run, oldest first."""
+    def runs(self, *, witnesses: bool = False) -> list[Run]:
+        """Return every run, oldest first; those that only repeat another one when ``witnesses`` asks for them."""
+        query = select(Run).order_by(col(Run.started_at), col(Run.id))
         with self._session() as session:
-            return list(session.exec(select(Run).order_by(col(Run.started_at), col(Run.id))))
+            return list(session.exec(query if witnesses else query.where(_OWN)))
+
+    def fingerprint(self, run_id: str) -> list[dict[str, Any]]:
+        """Return the marks of a run, in the order of its computation; empty where it left none."""
+        with self._session() as session:
+            found = session.get(Fingerprint, run_id)
+            return found.marks if found else []
+
+    def witnesses(self, run_id: str) -> list[Witness]:
+        """Return what the replays of a run came to, oldest first."""
+        query = select(Witness).where(Witness.original == run_id)
+        with self._session() as session:
+            return list(
+                session.exec(query.join(Run, col(Run.id) == Witness.run_id).order_by(col(Run.started_at)))
+            )
 
     def metrics(self, run_ids: Iterable[str] | None = None) -> list[MetricValue]:
         """Return the metrics of the given runs (of all by default)."""
@@ -144,7 +173,8 @@ class Store:
         columns = [
             renamed.get(name) or getattr(Run, name, None) or getattr(MetricValue, name) for name in schema
         ]
-        query = sa_select(*columns).join(MetricValue, isouter=True).order_by(col(Run.started_at), col(Run.id))
+        query = sa_select(*columns).join(MetricValue, isouter=True).where(_OWN)
+        query = query.order_by(col(Run.started_at), col(Run.id))
         with _translated(self.url), self.engine.connect() as connection:
             rows = [tuple(row) for row in connection.execute(query)]
         return pl.DataFrame(rows, schema=schema, orient="row")

@@ -1,7 +1,8 @@
 """Tables of the result database.
 
 One row of :class:`Run` is one attempt at one cell; its metrics, with every per-unit score, are rows of
-:class:`MetricValue`; curves are rows of :class:`Series`. An :class:`Environment` is stored once per digest.
+:class:`MetricValue`; curves are rows of :class:`Series`. An :class:`Environment` is stored once per digest. A
+:class:`Fingerprint` says what the model's blocks held and gave; a :class:`Witness` what a replay came to.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from sqlalchemy import JSON, Column, Index, LargeBinary
 from sqlmodel import Field, SQLModel
 
 #: Newest revision of the schema; the last file of ``migrations/versions`` carries the same.
-SCHEMA_REVISION = "0001"
+SCHEMA_REVISION = "0002"
 
 
 class Environment(SQLModel, table=True):
@@ -68,6 +69,8 @@ class Run(SQLModel, table=True):
     task: str = Field(index=True)
     task_params: dict[str, Any] = Field(sa_column=Column(JSON, nullable=False))
     """Settings of the protocol with every default filled in."""
+    task_passed: dict[str, Any] | None = Field(default=None, sa_column=Column(JSON(none_as_null=True)))
+    """Settings of the protocol as the suite gave them; None in records of schema 0001, which did not keep them."""
     protocol: int
     """Version of the task's procedure."""
 
@@ -113,6 +116,9 @@ class Run(SQLModel, table=True):
     warnings: list[str] = Field(default_factory=list, sa_column=Column(JSON, nullable=False))
     log_tail: str = ""
     """Last 8,000 characters of the worker's output."""
+    witness_of: str | None = Field(default=None, index=True)
+    """Id of the run that this one repeats. A witness stands beside that run and never takes its place: plans,
+    results and boards leave it out."""
 
 
 class MetricValue(SQLModel, table=True):
@@ -156,3 +162,34 @@ class Series(SQLModel, table=True):
     def points(self) -> np.ndarray:
         """Return the curve as float64 [points]."""
         return np.frombuffer(self.values, dtype="<f8")
+
+
+class Fingerprint(SQLModel, table=True):
+    """What the parts of a run's model held and gave, small enough to keep with every run."""
+
+    __tablename__ = "fingerprint"
+
+    run_id: str = Field(primary_key=True, foreign_key="run.id")
+    marks: list[dict[str, Any]] = Field(sa_column=Column(JSON, nullable=False))
+    """In the order of the computation; see :class:`methodbench.torchkit.fingerprints.Mark`."""
+
+
+class Witness(SQLModel, table=True):
+    """What a replay came to; its numbers are a :class:`Run` of their own."""
+
+    __tablename__ = "witness"
+
+    run_id: str = Field(primary_key=True, foreign_key="run.id")
+    """The replay's own run."""
+    original: str = Field(foreign_key="run.id", index=True)
+    """The run that was replayed."""
+    verdict: str
+    """``bit-identical``, ``within tolerance`` or ``drifted``."""
+    tolerance: float
+    """Largest difference of a metric, relative to its recorded value, that counts as within tolerance."""
+    parts_at: str = ""
+    """First layer, step or unit where the two part; empty where they do not."""
+    differences: list[dict[str, Any]] = Field(sa_column=Column(JSON, nullable=False))
+    """Metrics whose scores differ: ``metric``, ``recorded``, ``replayed``, ``units`` that differ."""
+    suspects: list[dict[str, Any]] = Field(sa_column=Column(JSON, nullable=False))
+    """What differs between the two environments and sources: ``field``, ``recorded``, ``replayed``."""

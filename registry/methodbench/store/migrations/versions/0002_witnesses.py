@@ -1,0 +1,47 @@
+"""Fingerprints, witnesses of replays, and the task settings as they were passed.
+
+Revision ID: 0002
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0002"
+down_revision = "0001"
+
+
+def upgrade() -> None:
+    text: Any = sa.String()
+    json: Any = sa.JSON()
+    op.add_column("run", sa.Column("task_passed", json, nullable=True))
+    op.add_column("run", sa.Column("witness_of", text, nullable=True))
+    op.create_index("ix_run_witness_of", "run", ["witness_of"])
+    op.create_table(
+        "fingerprint",
+        sa.Column("run_id", text, sa.ForeignKey("run.id"), primary_key=True),
+        sa.Column("marks", json, nullable=False),
+    )
+    op.create_table(
+        "witness",
+        sa.Column("run_id", text, sa.ForeignKey("run.id"), primary_key=True),
+        sa.Column("original", text, sa.ForeignKey("run.id"), nullable=False),
+        sa.Column("verdict", text, nullable=False),
+        sa.Column("tolerance", sa.Float(), nullable=False),
+        sa.Column("parts_at", text, nullable=False),
+        sa.Column("differences", json, nullable=False),
+        sa.Column("suspects", json, nullable=False),
+    )
+    op.create_index("ix_witness_original", "witness", ["original"])
+
+
+def downgrade() -> None:
+    op.drop_table("witness")
+    op.drop_table("fingerprint")
+    op.drop_index("ix_run_witness_of", "run")
+    with op.batch_alter_table("run") as batch:
+        batch.drop_column("witness_of")
+        batch.drop_column("task_passed")
