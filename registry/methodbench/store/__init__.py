@@ -3,6 +3,8 @@
 from methodbench.store.database import Store, open_store
 from methodbench.store.schema import (
     SCHEMA_REVISION,
+    Claim,
+    Driver,
     Environment,
     Fingerprint,
     MetricValue,
@@ -13,6 +15,8 @@ from methodbench.store.schema import (
 
 __all__ = [
     "SCHEMA_REVISION",
+    "Claim",
+    "Driver",
     "Environment",
     "Fingerprint",
     "MetricValue",

@@ -2,7 +2,8 @@
 
 One row of :class:`Run` is one attempt at one cell; its metrics, with every per-unit score, are rows of
 :class:`MetricValue`; curves are rows of :class:`Series`. An :class:`Environment` is stored once per digest. A
-:class:`Fingerprint` says what the model's blocks held and gave; a :class:`Witness` what a replay came to.
+:class:`Fingerprint` says what the model's blocks held and gave; a :class:`Witness` what a replay came to. A
+:class:`Driver` is a process that runs cells, and a :class:`Claim` says which cells it has taken.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from datetime import datetime
 from typing import Any
 
 import numpy as np
-from sqlalchemy import JSON, Column, Index, LargeBinary
+from sqlalchemy import JSON, BigInteger, Column, Index, LargeBinary
 from sqlmodel import Field, SQLModel
 
 #: Newest revision of the schema; the last file of ``migrations/versions`` carries the same.
@@ -120,6 +121,11 @@ class Run(SQLModel, table=True):
     """Id of the run that this one repeats. A witness stands beside that run and never takes its place: plans,
     results and boards leave it out."""
 
+    wheel: str = Field(default="", sa_column_kwargs={"server_default": ""})
+    """Distribution that the method came from: name, version and digest of its files; see ``provenance.wheel``."""
+    seal: str = Field(default="", index=True, sa_column_kwargs={"server_default": ""})
+    """Digest of the whole record, its metrics and curves included; empty in records of schema 0001."""
+
 
 class MetricValue(SQLModel, table=True):
     """One metric of one run."""
@@ -193,3 +199,33 @@ class Witness(SQLModel, table=True):
     """Metrics whose scores differ: ``metric``, ``recorded``, ``replayed``, ``units`` that differ."""
     suspects: list[dict[str, Any]] = Field(sa_column=Column(JSON, nullable=False))
     """What differs between the two environments and sources: ``field``, ``recorded``, ``replayed``."""
+
+
+class Driver(SQLModel, table=True):
+    """A process that runs cells of this database. It removes its row when it ends well."""
+
+    __tablename__ = "driver"
+
+    id: str = Field(primary_key=True)
+    """Random, 12 hexadecimal digits."""
+    host: str
+    place: str
+    """What makes ``pid`` unique: machine, boot and process namespace."""
+    pid: int = Field(sa_type=BigInteger)
+    process_started: float
+    """Start of the process as the system tells it; another process with the same pid has another."""
+    started_at: datetime
+    """UTC."""
+    beats: int = Field(default=0, sa_type=BigInteger)
+    """Counts up while the driver lives. Others watch it with their own clocks, so no two clocks need agree."""
+
+
+class Claim(SQLModel, table=True):
+    """A cell that a driver has taken; others leave it alone while that driver lives."""
+
+    __tablename__ = "claim"
+
+    cell_key: str = Field(primary_key=True)
+    driver_id: str = Field(foreign_key="driver.id", index=True)
+    claimed_at: datetime
+    """UTC."""
