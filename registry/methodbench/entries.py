@@ -189,13 +189,18 @@ class Task:
     """Source of the data; ``file:`` sources that are absent make the task unavailable, with that reason."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Fixed arguments of the implementation; part of the task's identity."""
-    threads: int = 0
-    """CPU threads of one cell; 0 for all of them. Fixed here because results depend on it in the last bits."""
+    threads: int = 2
+    """CPU threads of one cell, part of its identity. The count is fixed, whatever the machine has: sums are split by
+    thread, and what is rounded differently in the last bits can grow (an error-compensating quantizer at 3 bits
+    moves a perplexity by several per cent). A machine with more cores runs more cells side by side; a suite may ask
+    for another count, which makes other cells."""
     extra: str = ""
 
     def __post_init__(self) -> None:
         _check_name("task", self.name, _QUALIFIED_NAME)
         _check_impl(f"task {self.name}", self.impl)
+        if self.threads < 1:
+            raise EntryError(f"task {self.name}: threads {self.threads} must be 1 or more")
         if self.protocol < 1:
             raise EntryError(f"task {self.name}: protocol version {self.protocol} must be 1 or more")
         if sum(metric.primary for metric in self.metrics) != 1:

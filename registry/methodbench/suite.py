@@ -125,6 +125,9 @@ class Comparison(_Strict):
     device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] = Field(
         default="cpu", description="where cells run"
     )
+    threads: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description="CPU threads of a cell, part of its identity; the task's own by default"
+    )
     timeout: Annotated[float, Field(gt=0)] = Field(
         default=3600, description="seconds after which a cell is killed"
     )

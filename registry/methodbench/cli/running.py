@@ -70,6 +70,11 @@ def _cell_options(function: Any) -> Any:
         click.option("--dtype", default="float32", show_default=True, help="Floating-point type."),
         click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N."),
         click.option(
+            "--threads",
+            type=click.IntRange(min=1),
+            help="CPU threads of a cell, part of its identity.  [default: the task's own]",
+        ),
+        click.option(
             "--timeout",
             type=float,
             default=3600,
@@ -103,6 +108,7 @@ def _wanted(suites: tuple[str, ...], chosen: dict[str, Any]) -> list[Any]:
         "seeds": list(chosen["seeds"]) or [0],
         "dtype": chosen["dtype"],
         "device": chosen["device"],
+        "threads": chosen["threads"],
         "timeout": chosen["timeout"],
     }
     return [_validated({"name": "command-line", "comparisons": [comparison]})]

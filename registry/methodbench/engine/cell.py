@@ -14,8 +14,8 @@ from typing import Any
 from methodbench.entries import Method, Model, Task
 from methodbench.provenance import digest
 
-#: Version of :func:`identity`; raised when its fields or their meaning change.
-IDENTITY_VERSION = 1
+#: Version of :meth:`Cell.identity`; raised when its fields or their meaning change.
+IDENTITY_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +33,7 @@ class Cell:
     seed: int
     dtype: str
     device: str
+    threads: int
     timeout: float
     suite: str
     method_digest: str
@@ -44,11 +45,14 @@ class Cell:
         object.__setattr__(self, "key", digest(self.identity()))
 
     def identity(self) -> dict[str, Any]:
-        """Return the fields that make this cell what it is (version 1).
+        """Return the fields that make this cell what it is (version 2).
 
         ``method_params`` and ``task_params`` are complete, so that a changed default makes another cell;
         ``method_digest`` covers the method's source and the shared code it imports; ``weights_digest`` covers the
-        weights, the loader's source and its arguments; ``device_class`` is ``cpu`` or ``cuda``.
+        weights, the loader's source and its arguments; ``device_class`` is ``cpu`` or ``cuda``; ``threads`` is the
+        count of CPU threads that the cell computes with, since a sum over another count of threads is rounded
+        differently, and methods that feed errors forward make that visible in the third digit.
+        Version 1 lacked ``threads``.
         """
         return {
             "version": IDENTITY_VERSION,
@@ -64,6 +68,7 @@ class Cell:
             "seed": self.seed,
             "dtype": self.dtype,
             "device_class": self.device.partition(":")[0],
+            "threads": self.threads,
         }
 
     @property
@@ -88,6 +93,8 @@ class Cell:
             words += ["--dtype", self.dtype]
         if self.device != "cpu":
             words += ["--device", self.device]
+        if self.threads != self.task.threads:
+            words += ["--threads", str(self.threads)]
         return shlex.join(words)
 
 
@@ -111,9 +118,8 @@ class Job:
 
     @property
     def threads(self) -> int:
-        """CPU threads of the widest cell; 0 for all."""
-        wanted = [cell.task.threads for cell in self.cells]
-        return 0 if 0 in wanted else max(wanted)
+        """CPU threads, the same for all of its cells."""
+        return self.cells[0].threads
 
 
 def group_jobs(cells: list[Cell]) -> list[Job]:
@@ -129,7 +135,7 @@ def group_jobs(cells: list[Cell]) -> list[Job]:
             cell.seed,
             cell.dtype,
             cell.device,
-            cell.task.threads,
+            cell.threads,
         ]
         groups.setdefault(digest(shared), []).append(cell)
     jobs = [Job(tuple(group)) for group in groups.values()]

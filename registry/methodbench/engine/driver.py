@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from methodbench.catalog import Catalog
     from methodbench.engine.plan import Plan
 
+#: CPU threads of preparing a model. Fixed: what is trained depends on it as results do.
+_PREPARE_THREADS = 2
+
 
 class Reporter(Protocol):
     """Shows a person what goes on; every call is cheap and none may raise."""
@@ -123,7 +126,7 @@ def run_plan(
                 cores = cores or available_cores()
                 runner = _executor(executor, catalog, todo, cores, memory_limit)
                 try:
-                    _Drive(store, report, reporter, Path(scratch), cores).run(todo, runner)
+                    _Drive(store, report, reporter, Path(scratch)).run(todo, runner)
                 finally:
                     runner.close()
     finally:
@@ -187,12 +190,11 @@ def _preload(todo: Sequence[Cell]) -> list[str]:
 class _Drive:
     """One run of one plan: the sink of the executor."""
 
-    def __init__(self, store: Store, report: Report, reporter: Reporter, scratch: Path, cores: int) -> None:
+    def __init__(self, store: Store, report: Report, reporter: Reporter, scratch: Path) -> None:
         self.store = store
         self.report = report
         self.reporter = reporter
         self.scratch = scratch
-        self.cores = cores
         self.jobs: dict[str, Job] = {}
         self.unprepared: dict[str, str] = {}
         """Why a model could not be prepared, by weights digest."""
@@ -224,7 +226,7 @@ class _Drive:
             "seed": cell.seed,
             "dtype": cell.dtype,
             "device": cell.device,
-            "threads": threads or self.cores,
+            "threads": threads,
             "cache": str(sources.cache_dir()),
         }
 
@@ -233,7 +235,7 @@ class _Drive:
         source = sources.fetch(cell.model.source, sha256=cell.model.sha256).path
         wanted = {**_model_data(cell.model, cell.weights_digest), "source": str(source) if source else None}
         # Models are trained and converted under seed 0 whatever the cell's seed: they are part of the question.
-        common = {**self._common(cell, 0), "seed": 0}
+        common = {**self._common(cell, _PREPARE_THREADS), "seed": 0}
         return {**common, "prepare": wanted, "cells": [{"timeout": cell.timeout}]}
 
     def _job_data(self, job: Job) -> dict[str, Any]:
@@ -265,9 +267,9 @@ class _Drive:
                 reason = f"{wanted['name']} could not be prepared: {outcome.reason}"
                 self.unprepared[wanted["digest"]] = reason
             return
-        self._record(self.jobs[job["id"]].cells[index], outcome, threads=job["threads"])
+        self._record(self.jobs[job["id"]].cells[index], outcome)
 
-    def _record(self, cell: Cell, outcome: CellOutcome, threads: int = 0) -> None:
+    def _record(self, cell: Cell, outcome: CellOutcome) -> None:
         result = outcome.result
         identifier = uuid.uuid4().hex[:12]
         wall = result.get("wall_seconds", 0.0)
@@ -289,11 +291,12 @@ class _Drive:
             model_kind=cell.model.kind if cell.model else "",
             task=cell.task.name,
             task_params=dict(cell.task_params),
+            task_passed=dict(cell.task_passed),
             protocol=cell.task.protocol,
             seed=cell.seed,
             dtype=cell.dtype,
             device=cell.device,
-            threads=threads,
+            threads=cell.threads,
             method_digest=cell.method_digest,
             weights_digest=cell.weights_digest,
             data_digest=cell.data_digest,

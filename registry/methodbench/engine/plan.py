@@ -141,6 +141,7 @@ def _cell(draft: _Draft, answers: list[dict[str, Any]], seed: int, suite: str) -
         seed=seed,
         dtype=draft.comparison.dtype,
         device=draft.comparison.device,
+        threads=draft.comparison.threads or draft.task.threads,
         timeout=draft.comparison.timeout,
         suite=suite,
         method_digest=source_digest(draft.method.impl),

@@ -41,7 +41,7 @@ class Run(SQLModel, table=True):
     id: str = Field(primary_key=True)
     """Random, 12 hexadecimal digits."""
     cell_key: str = Field(index=True)
-    """Identity of the cell: sha256 over ``identity``; see :mod:`methodbench.engine.key`."""
+    """Identity of the cell: sha256 over ``identity``; see :meth:`methodbench.engine.cell.Cell.identity`."""
     identity: dict[str, Any] = Field(sa_column=Column(JSON, nullable=False))
     """The fields that ``cell_key`` is the digest of."""
     status: str
