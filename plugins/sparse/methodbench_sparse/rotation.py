@@ -22,16 +22,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from methodbench.errors import NotApplicableError
-from methodbench.torchkit.model import LoadedModel, set_submodule, set_weight
+from methodbench.torchkit.model import LoadedModel, set_submodule
+from methodbench.torchkit.rotation import (
+    Branch,
+    center_embeddings,
+    check_preserved,
+    fold_norm,
+    probe_logits,
+    residual_stream,
+    rotate_embeddings,
+    rotate_inputs,
+    rotate_outputs,
+    unsuitable,
+    untie,
+)
 
-ATTENTION_INPUTS = ({"q", "k", "v"}, {"qkv"})
-MLP_INPUTS = ({"gate", "up"}, {"gate_up"})
-#: Largest deviation of the rotated model's logits from the unrotated ones', as a share of their standard
-#: deviation: this, or what rounding to the model's dtype explains. A forward pass that differs gives about 1.
-TOLERANCE = 1e-2
-ROUNDINGS = 32
-PROBE_TOKENS = 8
+_HINT = "Set transform=false to mask inputs without it."
+_CHILDREN = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
 
 
 class RotatedBlock(nn.Module):
@@ -81,49 +88,42 @@ def rotate(model: LoadedModel, *, subtract_embed_mean: bool) -> float:
     Raises:
         NotApplicableError: the blocks have another shape, or the rotation does not preserve their function.
     """
-    adapter, module = model.adapter, model.module
-    blocks, names = adapter.blocks(module), adapter.block_names(module)
-    embedding, head, final_norm = adapter.embedding(module), adapter.head(module), adapter.final_norm(module)
-    if embedding is None or head is None or final_norm is None or not blocks:
-        raise _unsuitable(model, "it has no embedding, head, final norm or blocks")
-    parts = [_roles(model, block) for block in blocks]
+    module = model.module
+    names = model.adapter.block_names(module)
+    for block in model.adapter.blocks(module):
+        for child in _CHILDREN:
+            if not isinstance(getattr(block, child, None), nn.Module):
+                raise unsuitable(model, f"its blocks have no {child}", _HINT)
+    stream = residual_stream(model, _HINT)
+    guides = [
+        (_guide(model, attention, ("k", "qkv")), _guide(model, mlp, ("gate", "gate_up")))
+        for attention, mlp in stream.branches
+    ]
 
     if subtract_embed_mean:
-        rows = _double(embedding)
-        set_weight(embedding, rows - rows.mean(dim=-1, keepdim=True))
-    _untie(module)
-    probe = torch.arange(PROBE_TOKENS).remainder(_double(embedding).shape[0])[None]
-    before = _logits(module, probe)
+        center_embeddings(stream)
+    untie(stream)
+    before = probe_logits(model)
+    for branch in stream.flat_branches:
+        fold_norm(module, branch.norm, branch.readers)
+    fold_norm(module, stream.final_norm, (stream.head,))
 
-    for block, linears in zip(blocks, parts, strict=True):
-        _fold_gain(block.get_submodule("input_layernorm"), _named(linears, ATTENTION_INPUTS))
-        _fold_gain(block.get_submodule("post_attention_layernorm"), _named(linears, MLP_INPUTS))
-    _fold_gain(final_norm, [head])
-
-    bases = [right_singular_vectors(_double(linears.get("k") or linears["qkv"])) for linears in parts]
+    bases = [right_singular_vectors(stream.weight(key)) for key, _ in guides]
     basis = bases[0]
-    set_weight(embedding, _double(embedding) @ basis)
-    for index, (block, linears) in enumerate(zip(blocks, parts, strict=True)):
-        middle = right_singular_vectors(_double(linears.get("gate") or linears["gate_up"]))
-        following = bases[index + 1] if index + 1 < len(blocks) else middle
-        for linear in _named(linears, ATTENTION_INPUTS):
-            set_weight(linear, _double(linear) @ basis)
-        for linear in _named(linears, MLP_INPUTS):
-            set_weight(linear, _double(linear) @ middle)
-        _rotate_output(linears["o"], middle)
-        _rotate_output(linears["down"], following)
-        dtype = embedding.get_parameter("weight").dtype
+    rotate_embeddings(stream, basis)
+    for index, ((attention, mlp), (_, gate)) in enumerate(zip(stream.branches, guides, strict=True)):
+        middle = right_singular_vectors(stream.weight(gate))
+        following = bases[index + 1] if index + 1 < len(bases) else middle
+        rotate_inputs(stream, attention.readers, basis)
+        rotate_inputs(stream, mlp.readers, middle)
+        rotate_outputs(stream, attention.writers, middle)
+        rotate_outputs(stream, mlp.writers, following)
+        dtype = module.get_submodule(stream.head).get_parameter("weight").dtype
         shortcuts = (basis.T @ middle).to(dtype), (middle.T @ following).to(dtype)
-        set_submodule(module, names[index], RotatedBlock(block, *shortcuts))
+        set_submodule(module, names[index], RotatedBlock(module.get_submodule(names[index]), *shortcuts))
         basis = following
-    set_weight(head, _double(head) @ basis)
-
-    after = _logits(module, probe)
-    deviation = float((after - before).abs().max() / before.std())
-    rounding = torch.finfo(embedding.get_parameter("weight").dtype).eps
-    if not deviation <= max(TOLERANCE, ROUNDINGS * rounding):
-        raise _unsuitable(model, f"rotated, its logits differ by {deviation:.2g} of their spread")
-    return deviation
+    rotate_inputs(stream, (stream.head,), basis)
+    return check_preserved(model, before, _HINT)
 
 
 def right_singular_vectors(weight: Tensor) -> Tensor:
@@ -133,53 +133,9 @@ def right_singular_vectors(weight: Tensor) -> Tensor:
     return right.T.contiguous()
 
 
-def _roles(model: LoadedModel, block: nn.Module) -> dict[str, nn.Module]:
-    linears = {model.adapter.role(name): linear for name, linear in model.adapter.linears(block).items()}
-    shapes = [attention | {"o", "down"} | mlp for attention in ATTENTION_INPUTS for mlp in MLP_INPUTS]
-    if set(linears) not in shapes or len(linears) != len(model.adapter.linears(block)):
-        raise _unsuitable(model, "its blocks are not one attention and one gated MLP")
-    for name in ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp"):
-        if not isinstance(getattr(block, name, None), nn.Module):
-            raise _unsuitable(model, f"its blocks have no {name}")
-    return linears
-
-
-def _named(linears: dict[str, nn.Module], choices: tuple[set[str], ...]) -> list[nn.Module]:
-    return [linear for role, linear in linears.items() if any(role in choice for choice in choices)]
-
-
-def _double(module: nn.Module) -> Tensor:
-    return module.get_parameter("weight").detach().double()
-
-
-def _fold_gain(norm: nn.Module, linears: list[nn.Module]) -> None:
-    gain = _double(norm)
-    for linear in linears:
-        set_weight(linear, _double(linear) * gain)
-    set_weight(norm, torch.ones_like(gain))
-
-
-def _rotate_output(linear: nn.Module, basis: Tensor) -> None:
-    set_weight(linear, basis.T @ _double(linear))
-    bias = getattr(linear, "bias", None)
-    if bias is not None:
-        set_weight(linear, basis.T @ bias.detach().double(), "bias")
-
-
-def _untie(module: nn.Module) -> None:
-    """Tell the module's configuration, where it has one, that embedding and head part ways."""
-    config = getattr(module, "config", None)
-    if config is not None:
-        config.tie_word_embeddings = False
-
-
-def _logits(module: nn.Module, tokens: Tensor) -> Tensor:
-    output = module(tokens.to(next(module.parameters()).device))
-    return getattr(output, "logits", output).double()
-
-
-def _unsuitable(model: LoadedModel, why: str) -> NotApplicableError:
-    return NotApplicableError(
-        f"the rotation of wina does not fit {model.name}: {why}",
-        "Set transform=false to mask inputs without it.",
-    )
+def _guide(model: LoadedModel, branch: Branch, roles: tuple[str, ...]) -> str:
+    """Return the one reader of ``branch`` whose columns become orthogonal."""
+    found = [name for name in branch.readers if model.adapter.role(name) in roles]
+    if len(found) != 1 or len(branch.writers) != 1:
+        raise unsuitable(model, "its blocks are not one attention and one gated MLP", _HINT)
+    return found[0]

@@ -18,6 +18,7 @@ from torch.func import functional_call
 
 from methodbench.errors import NotApplicableError
 from methodbench.torchkit.model import set_submodule
+from methodbench.torchkit.rotation import TransformedInput
 
 #: What a layer is to its block, by the part of its dotted name that tells; the first match wins.
 ROLES: tuple[tuple[str, str], ...] = (
@@ -206,7 +207,7 @@ class Adapter:
         norm to the first feed-forward layers (and router); last of them, or the activation behind it, to
         the second. A set is left out where the block gives no certainty that it preserves the function:
         post-norm blocks, norms that feed both halves or whose output is not proportional to their gain,
-        inner norms, fused experts.
+        inner norms, transformed inputs, fused experts.
         """
         if self.layout is None:
             return []
@@ -274,6 +275,8 @@ class _Groups:
         if len(outputs) != 1 or self._has_inner_norm(self.layout.attention):
             return
         (output,) = outputs
+        if isinstance(self.block.get_submodule(output.rpartition(".")[0]), TransformedInput):
+            return
         wide, out = _shape(self.layers[output])
         for name in readers:
             role, shape = self.roles[name], _shape(self.layers[name])
