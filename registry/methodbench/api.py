@@ -13,6 +13,7 @@ from methodbench.suite import Suite, load_suite
 if TYPE_CHECKING:
     import polars as pl
 
+    from methodbench.claims import ClaimResult
     from methodbench.comparison import PairedResult
     from methodbench.engine.driver import Report, Reporter
     from methodbench.engine.plan import Plan
@@ -126,6 +127,23 @@ def compare(a: str, b: str, *, db: str | None = None) -> list[PairedResult]:
 
     with open_store(db, create=False) as store:
         return compare_methods(store, a, b)
+
+
+def claims(method: str, *, db: str | None = None, catalog: Catalog | None = None) -> list[ClaimResult]:
+    """Return the claims of a method, each with its verdict and the conditions that it was tested under.
+
+    Raises:
+        UnknownNameError: no such method.
+        ClaimsError: it has no claims, or their file does not say what it must.
+        StoreError: there is no database yet, or it cannot be read.
+    """
+    from methodbench.claims import judge_claims, load_claims
+    from methodbench.store import open_store
+
+    known = catalog or load_catalog()
+    found = load_claims(known, method)
+    with open_store(db, create=False) as store:
+        return judge_claims(store, known, found)
 
 
 def build_site(out: str | Path = "site", *, db: str | None = None, catalog: Catalog | None = None) -> Path:

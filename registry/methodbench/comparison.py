@@ -55,10 +55,9 @@ def compare_methods(store: Store, a: str, b: str) -> list[PairedResult]:
     groups: dict[str, tuple[dict[int, Run], dict[int, Run]]] = {}
     for run_a in chosen_a:
         for run_b in chosen_b:
-            if _question(run_a) == _question(run_b) and (
-                named or run_a.variant == run_b.variant or _sole(chosen_b)
-            ):
-                label = canonical_json([_question(run_a) | {"seed": None}, run_a.variant, run_b.variant])
+            same = run_a.seed == run_b.seed and question(run_a) == question(run_b)
+            if same and (named or run_a.variant == run_b.variant or _sole(chosen_b)):
+                label = canonical_json([question(run_a), run_a.variant, run_b.variant])
                 of_a, of_b = groups.setdefault(label, ({}, {}))
                 of_a[run_a.seed], of_b[run_b.seed] = run_a, run_b
     if not groups:
@@ -95,8 +94,8 @@ def _sole(runs: Sequence[Run]) -> bool:
     return len({run.variant for run in runs}) == 1
 
 
-def _question(run: Run) -> dict[str, object]:
-    """Return what two runs must share for their difference to be about the methods alone."""
+def question(run: Run) -> str:
+    """Return what two runs of one seed must share for their difference to be about the methods alone."""
     asked = (
         "model",
         "weights_digest",
@@ -104,11 +103,10 @@ def _question(run: Run) -> dict[str, object]:
         "task_params",
         "protocol",
         "data_digest",
-        "seed",
         "dtype",
         "device_class",
     )
-    return {name: run.identity[name] for name in asked}
+    return canonical_json({name: run.identity[name] for name in asked})
 
 
 def _pair(runs_a: list[Run], runs_b: list[Run], metrics: dict[str, MetricValue]) -> PairedResult | None:

@@ -51,6 +51,10 @@ class SuiteError(MethodbenchError):
     """A suite file that does not say what it must; the message names file, line and key."""
 
 
+class ClaimsError(MethodbenchError):
+    """A file of claims that does not say what it must; the message names file, line and key."""
+
+
 class SourceError(MethodbenchError):
     """Weights or data that cannot be fetched, or are not what they should be."""
 

@@ -83,6 +83,48 @@ def bootstrap_interval(
     return _percentiles(values, level)
 
 
+def difference_interval(
+    a: Array,
+    b: Array | None,
+    how: str,
+    *,
+    factors: tuple[float, float] = (1.0, 1.0),
+    shift: float = 0.0,
+    draws: int = DRAWS,
+    level: float = LEVEL,
+    seed: int = SEED,
+) -> tuple[float, float] | None:
+    """Paired percentile bootstrap of ``factors[0] * aggregate(a) - factors[1] * aggregate(b) + shift``.
+
+    Units are resampled together for both sides (Efron & Tibshirani 1993, chapter 13).
+
+    Args:
+        a: scores [units].
+        b: scores of the same units in the same order, or None for a difference to the number in ``shift``.
+
+    Returns:
+        (low, high), or None where fewer than two units were scored by both.
+
+    Raises:
+        ValueError: the two score different numbers of units.
+    """
+    if b is not None and a.shape != b.shape:
+        raise ValueError(f"paired scores differ in length: {a.size} and {b.size}")
+    missing = np.isnan(a) if b is None else np.isnan(a) | np.isnan(b)
+    first, second = a[~missing], None if b is None else b[~missing]
+    if first.size < 2 or how == "single":
+        return None
+
+    def drawn(index: NDArray[np.int64]) -> Array:
+        left = factors[0] * _reduce(first[index], how) + shift
+        return left if second is None else left - factors[1] * _reduce(second[index], how)
+
+    with np.errstate(invalid="ignore"):
+        values = _resample(first.size, draws, seed, drawn)
+    # Two infinite aggregates differ by nothing that can be told.
+    return _percentiles(np.nan_to_num(values, nan=0.0, posinf=np.inf, neginf=-np.inf), level)
+
+
 @dataclass(frozen=True, slots=True)
 class PairedDifference:
     """Difference of two aggregates over the same units, ``a`` minus ``b``."""

@@ -20,26 +20,20 @@ A suite (YAML or TOML) lists comparisons; each is a grid of methods, models, tas
 from __future__ import annotations
 
 import itertools
-import re
-import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
+from methodbench.documents import Strict, parse_document
 from methodbench.entries import Method
 from methodbench.errors import SuiteError, UnknownNameError
 
 if TYPE_CHECKING:
     from methodbench.catalog import Catalog
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 def _named(value: Any) -> Any:
@@ -53,7 +47,7 @@ def _method_named(value: Any) -> Any:
     return value
 
 
-class MethodUse(_Strict):
+class MethodUse(Strict):
     """A method with the settings to run it in; ``name`` or ``name@preset`` is short for it."""
 
     name: str = Field(description="name of the method")
@@ -84,14 +78,14 @@ class MethodUse(_Strict):
         return found
 
 
-class TaskUse(_Strict):
+class TaskUse(Strict):
     """A task with settings of its protocol; the bare name is short for its defaults."""
 
     name: str = Field(description="name of the task")
     params: dict[str, Any] = Field(default={}, description="settings of the protocol")
 
 
-class Pattern(_Strict):
+class Pattern(Strict):
     """Matches cells by shell-style patterns; a field that is left out matches everything."""
 
     method: str = "*"
@@ -105,7 +99,7 @@ class Pattern(_Strict):
         return all(fnmatchcase(value, pattern) for value, pattern in pairs)
 
 
-class Comparison(_Strict):
+class Comparison(Strict):
     """One grid of a suite."""
 
     title: str = Field(default="", description="what is compared, for the reader")
@@ -142,7 +136,7 @@ class Comparison(_Strict):
         return any(pattern.matches(*fields) for pattern in self.exclude)
 
 
-class Suite(_Strict):
+class Suite(Strict):
     """A named list of comparisons."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")] = Field(description="name of the suite")
@@ -188,89 +182,4 @@ def parse_suite(text: str, filename: str) -> Suite:
     Raises:
         SuiteError: names file, line and key.
     """
-    try:
-        if filename.endswith(".toml"):
-            data: Any = tomllib.loads(text)
-        else:
-            data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{filename}:{mark.line + 1}" if mark else filename
-        raise SuiteError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
-    except tomllib.TOMLDecodeError as error:
-        found = re.search(r"line (\d+)", str(error))
-        where = f"{filename}:{found[1]}" if found else filename
-        raise SuiteError(f"{where}: not valid TOML: {error}") from error
-    try:
-        return Suite.model_validate(data)
-    except ValidationError as error:
-        raise _explain(error, text, filename) from error
-
-
-def _explain(error: ValidationError, text: str, filename: str) -> SuiteError:
-    first = error.errors()[0]
-    loc = [part for part in first["loc"] if not (isinstance(part, str) and part.startswith("function-"))]
-    line = _toml_line(text, loc) if filename.endswith(".toml") else _yaml_line(text, loc)
-    key = ".".join(str(part) for part in loc) or "the file"
-    hint = ""
-    if first["type"] == "extra_forbidden":
-        known = _fields_at(loc[:-1])
-        problem = f"unknown key {str(loc[-1])!r}"
-        hint = UnknownNameError("key", str(loc[-1]), known).hint
-    elif first["type"] == "missing":
-        problem = f"the key {str(loc[-1])!r} is missing"
-    else:
-        problem = first["msg"].removeprefix("Value error, ")
-    return SuiteError(f"{filename}:{line}: {key}: {problem}", hint)
-
-
-def _fields_at(loc: Sequence[Any]) -> list[str]:
-    model: type[BaseModel] = Suite
-    steps: dict[str, type[BaseModel]] = {
-        "comparisons": Comparison,
-        "methods": MethodUse,
-        "tasks": TaskUse,
-        "include": Pattern,
-        "exclude": Pattern,
-    }
-    for part in loc:
-        model = steps.get(part, model)
-    return list(model.model_fields)
-
-
-def _yaml_line(text: str, loc: Sequence[Any]) -> int:
-    """Return the line (from 1) of the deepest node along ``loc`` that the text has."""
-    node = yaml.compose(text, Loader=yaml.SafeLoader)
-    line = node.start_mark.line if node else 0
-    for part in loc:
-        if isinstance(node, yaml.MappingNode):
-            pair = next((pair for pair in node.value if pair[0].value == part), None)
-            if pair is None:
-                break
-            line, node = pair[0].start_mark.line, pair[1]
-        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
-            node = node.value[part]
-            line = node.start_mark.line
-        else:
-            break
-    return line + 1
-
-
-def _toml_line(text: str, loc: Sequence[Any]) -> int:
-    """Return the line (from 1) where the keys of ``loc`` appear in turn; array tables are counted."""
-    lines = text.splitlines()
-    line, at = 0, 0
-    for index, part in enumerate(loc):
-        if isinstance(part, str):
-            following = loc[index + 1] if index + 1 < len(loc) else None
-            nth = following if isinstance(following, int) else 0
-            header = re.compile(rf"^\s*\[\[?[\w.]*\b{re.escape(part)}\s*\]\]?")
-            value = re.compile(rf"(^|[{{,\s])\"?{re.escape(part)}\"?\s*=")
-            headers = [n for n in range(at, len(lines)) if header.match(lines[n])]
-            if len(headers) > nth:
-                line = headers[nth]
-                at = line + 1
-                continue
-            line = next((n for n in range(at, len(lines)) if value.search(lines[n])), line)
-            at = line
-    return line + 1
+    return parse_document(text, filename, Suite, SuiteError)

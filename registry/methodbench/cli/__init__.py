@@ -26,6 +26,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "status": ("records:status", "Count what is done, failed and missing."),
     "results": ("records:results", "Print results with their intervals."),
     "compare": ("records:compare", "Compare two methods on the cells that both share, paired."),
+    "claims": ("claims:claims", "Say which claims of the papers the records reproduce."),
     "site": ("site:site", "Build the leaderboard and look at it."),
     "sources": ("sources:sources", "Fetch weights ahead of time."),
     "doctor": ("doctor:doctor", "Check the installation, the plugins and the database."),

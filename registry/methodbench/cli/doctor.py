@@ -49,6 +49,7 @@ def doctor(db: str | None) -> int:
         say(False, f"plugin {problem.plugin}: {problem.error}")
         wrong += 1
     _check_extras(catalog, say)
+    wrong += _check_claims(catalog, say)
     cache = sources.cache_dir()
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -89,6 +90,24 @@ def _check_extras(catalog: Catalog, say: Say) -> None:
             )
         else:
             say(True, f"extra {extra} is installed")
+
+
+def _check_claims(catalog: Catalog, say: Say) -> int:
+    from methodbench.claims import load_claims
+    from methodbench.errors import MethodbenchError
+
+    wrong = good = 0
+    for method in catalog.methods.values():
+        if method.claims:
+            try:
+                load_claims(catalog, method.name)
+                good += 1
+            except MethodbenchError as error:
+                say(False, f"claims of {method.name}: {error}")
+                wrong += 1
+    if good:
+        say(True, f"claims of {good} methods")
+    return wrong
 
 
 def _check_database(db: str | None, say: Say) -> int:

@@ -20,7 +20,7 @@ def methodbench_families():
 @hookimpl
 def methodbench_methods():
     return [
-        _probe("noop", "Noop", presets={"twice": {"value": 2.0}}),
+        _probe("noop", "Noop", presets={"twice": {"value": 2.0}}, claims="noop.toml"),
         _probe("misbehave", "Misbehave"),
         _probe("needs-absent-module", "Absent"),
         Method(

@@ -88,6 +88,7 @@ METHODS: list[Method] = [
         ),
         needs=("calibration",),
         presets=_GRIDS,
+        claims="awq.toml",
         fidelity="authors-code",
         parity="mit-han-lab/llm-awq d6e797a",
         properties=("deterministic", "monotone:bits"),

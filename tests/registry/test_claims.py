@@ -1,0 +1,321 @@
+"""Claims: files that say what they must, and verdicts that follow from the records."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from methodbench import api
+from methodbench.catalog import Catalog, load_catalog
+from methodbench.claims import (
+    VERDICTS,
+    ClaimResult,
+    Claims,
+    commands_for,
+    judge_claims,
+    load_claims,
+    parse_claims,
+    verdict_of,
+)
+from methodbench.errors import ClaimsError, UnknownNameError
+from methodbench.store import Store
+from methodbench.suite import Suite
+
+GOOD = """\
+method = "noop"
+
+[[reported]]
+source = "a paper"
+measured_by = "the authors"
+task = "t"
+metric = "m"
+values = [
+  { model = "a", value = 1.0 },
+  { model = "b, with [brackets] and = signs", value = 2.0 },
+]
+
+[[claims]]
+id = "one"
+text = "One."
+source = "Table 1"
+left = "noop@twice"
+op = ">"
+right = { method = "noop", factor = 2.0 }
+
+[[claims]]
+id = "two"
+text = "Two."
+source = "Table 1"
+left = "noop"
+op = "<"
+right = 3
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("value = 2.0", "value = 'two'", r"c.toml:10: reported.0.values.1.value: Input should be a valid number"),
+        ("value = 2.0", "valeu = 2.0", r"c.toml:10: reported.0.values.1.(value: the key 'value' is|valeu: unknown)"),
+        ("right = 3", "rigth = 3", r"c.toml:2[0-9]: claims.1.right: the key 'right' is missing"),
+        ("right = 3", "right = {}", r"c.toml:27: claims.1.right: give either a method or a value"),
+        ('op = "<"', 'op = "<<"', r"c.toml:26: claims.1.op: Input should be '<'"),
+        ('id = "two"', 'id = "one"', r"two claims have the id 'one'"),
+        ('left = "noop"', "left = 3", r"c.toml:21: claims.1: the left side must be a method"),
+        ("factor = 2.0", "facktor = 2.0", r"claims.0.right.facktor: unknown key 'facktor'\nDid you mean factor\?"),
+        ('method = "noop"\n\n', 'nothing_reported = "x"\nmethod = "noop"\n\n', r"give \[\[reported\]\], or say in"),
+        ("values = [", "values = [ [", r"c.toml:\d+: not valid TOML"),
+    ],
+)  # fmt: skip
+def test_a_mistake_names_file_line_and_key(old: str, new: str, message: str) -> None:
+    assert old in GOOD
+    at = GOOD.rindex(old)
+    with pytest.raises(ClaimsError, match=message):
+        parse_claims(GOOD[:at] + new + GOOD[at + len(old) :], "c.toml")
+
+
+def test_a_good_file_says_what_it_says() -> None:
+    claims = parse_claims(GOOD, "c.toml")
+    assert [value.value for value in claims.reported[0].values] == [1.0, 2.0]
+    assert [claim.statement for claim in claims.claims] == ["noop@twice > 2 × noop", "noop < 3"]
+
+
+def test_what_is_left_out_needs_a_reason() -> None:
+    empty = 'method = "noop"\nnothing_reported = "no paper"\n'
+    with pytest.raises(ClaimsError, match="nothing_claimed"):
+        parse_claims(empty, "c.toml")
+    parse_claims(empty + 'nothing_claimed = "no test"\n', "c.toml")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (('method = "noop"', 'method = "scale"'), "noop.toml:1: method: these are the claims of 'scale'"),
+        (('"noop@twice"', '"noop@thrice"'), r"toybench/claims/noop.toml:17: claims.0.left: unknown preset"),
+        (
+            ('left = "noop"', 'left = "nop"'),
+            r"noop.toml:25: claims.1.left: unknown method 'nop'\nDid you mean noop",
+        ),
+    ],
+)
+def test_names_that_do_not_exist_are_told_with_their_line(
+    catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: tuple[str, str], message: str
+) -> None:
+    folder = tmp_path / "toybench"
+    (folder / "claims").mkdir(parents=True)
+    (folder / "claims" / "noop.toml").write_text(GOOD.replace(*change))
+    monkeypatch.setattr(sys.modules["toybench.plugin"], "__file__", str(folder / "plugin.py"))
+    with pytest.raises(ClaimsError, match=message):
+        load_claims(catalog, "noop")
+
+
+def test_a_method_without_claims_and_a_file_that_is_absent_are_told(
+    catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ClaimsError, match="scale has no claims"):
+        load_claims(catalog, "scale")
+    with pytest.raises(UnknownNameError, match="Did you mean noop"):
+        load_claims(catalog, "nopo")
+    monkeypatch.setattr(sys.modules["toybench.plugin"], "__file__", str(tmp_path / "plugin.py"))
+    with pytest.raises(ClaimsError, match="does not exist"):
+        load_claims(catalog, "noop")
+
+
+@pytest.mark.parametrize(
+    ("op", "difference", "low", "high", "verdict"),
+    [
+        ("<", -1.0, -2.0, -0.5, "reproduced"),
+        ("<", -1.0, -2.0, 0.5, "within interval"),
+        ("<", 1.0, -0.5, 2.0, "not reproduced"),
+        ("<", 1.0, 0.5, 2.0, "contradicted"),
+        ("<", 0.0, 0.0, 0.0, "contradicted"),
+        ("<=", 0.0, 0.0, 0.0, "reproduced"),
+        (">", 1.0, 0.5, 2.0, "reproduced"),
+        (">", -1.0, -2.0, -0.5, "contradicted"),
+        (">", -1.0, -2.0, 0.5, "not reproduced"),
+        (">=", 0.0, 0.0, 0.0, "reproduced"),
+        ("==", 0.0, 0.0, 0.0, "reproduced"),
+        ("==", 0.05, -0.2, 0.2, "within interval"),
+        ("==", 0.2, 0.05, 0.3, "not reproduced"),
+        ("==", 0.3, 0.2, 0.4, "contradicted"),
+        ("<", -math.inf, -math.inf, -math.inf, "reproduced"),
+    ],
+)
+def test_a_verdict_follows_from_the_difference_and_its_interval(
+    op: Any, difference: float, low: float, high: float, verdict: str
+) -> None:
+    tolerance = 0.1 if op == "==" else 0.0
+    assert verdict_of(op, difference, low, high, tolerance) == verdict
+
+
+def run(store: Store, catalog: Catalog, *methods: Any, tasks: Any = ("toy-value",), **more: Any) -> None:
+    from methodbench.engine.driver import run_plan
+
+    comparison = {"methods": list(methods), "tasks": list(tasks), "timeout": 60, **more}
+    suite = Suite.model_validate({"name": "t", "comparisons": [comparison]})
+    run_plan(api.plan(suite, catalog=catalog), store, catalog, cores=2)
+
+
+def judged(store: Store, catalog: Catalog, **claim: Any) -> ClaimResult:
+    whole = {
+        "id": "c",
+        "text": "C.",
+        "source": "s",
+        "left": "noop@twice",
+        "op": ">",
+        "right": "noop",
+        **claim,
+    }
+    claims = Claims.model_validate({"method": "noop", "nothing_reported": "toy", "claims": [whole]})
+    return judge_claims(store, catalog, claims)[0]
+
+
+def test_claims_are_judged_wherever_both_sides_answered_the_same_question(
+    store: Store, catalog: Catalog
+) -> None:
+    assert judged(store, catalog).verdict == "not attempted"
+    run(store, catalog, "noop@twice", seeds=[0, 1])
+    assert judged(store, catalog).verdict == "not attempted"
+    run(store, catalog, "noop", seeds=[1, 2])
+    run(store, catalog, "noop", {"name": "noop", "params": {"value": 3}}, tasks=["toy:6"])
+    result = judged(store, catalog)
+    assert result.verdict == "reproduced"
+    (condition,) = result.conditions
+    assert (condition.task, condition.metric, condition.units, condition.seeds) == (
+        "toy-value",
+        "value",
+        4,
+        1,
+    )
+    assert condition.difference == pytest.approx(1.0, abs=1e-9)
+    assert condition.low <= condition.difference <= condition.high
+    assert judged(store, catalog, op="<").verdict == "contradicted"
+    assert judged(store, catalog, right={"method": "noop", "factor": 2.5}).verdict == "contradicted"
+    assert (
+        judged(store, catalog, right={"method": "noop", "factor": 0.5, "offset": 1.0}).verdict == "reproduced"
+    )
+    assert judged(
+        store, catalog, right={"method": "noop", "offset": 1.0}, op="==", tolerance=1e-6
+    ).verdict == ("reproduced")
+    assert judged(store, catalog, metric="square", op="<=").verdict == "contradicted"
+    assert judged(store, catalog, metric="absent").verdict == "not attempted"
+    assert judged(store, catalog, tasks=["toy:*"]).verdict == "not attempted"
+    assert judged(store, catalog, kinds=["causal-lm"]).verdict == "not attempted"
+    assert judged(store, catalog, task_params={"units": 9}).verdict == "not attempted"
+    # A number on the right needs the left side alone, on both seeds.
+    number = judged(store, catalog, right=1.5)
+    assert [(c.seeds, c.verdict) for c in number.conditions] == [(2, "reproduced")]
+
+
+def test_settings_beyond_the_preset_are_another_method_unless_they_are_free(
+    store: Store, catalog: Catalog
+) -> None:
+    run(store, catalog, "noop@twice", {"name": "noop", "params": {"value": 1.5}})
+    assert judged(store, catalog).verdict == "not attempted"
+    assert judged(store, catalog, right={"method": "noop", "params": {"value": 1.5}}).verdict == "reproduced"
+    run(store, catalog, {"name": "noop", "params": {"value": 1.9}})
+    # Of several values of a free hyperparameter the newest run counts.
+    free = judged(store, catalog, left={"method": "noop", "free": ["value"]}, op=">", right=1.8)
+    assert (free.verdict, len(free.conditions[0].runs_left)) == ("reproduced", 1)
+
+
+def test_numbers_of_the_record_and_facts_decide_by_their_sign(store: Store, catalog: Catalog) -> None:
+    run(store, catalog, "scale", "identity", models=["toy-linear"], tasks=["toy-norm"])
+    side = {"left": "scale", "right": "identity", "op": "=="}
+    bits = judged(store, catalog, **side, metric="model_bytes")
+    assert bits.verdict == "reproduced"
+    assert bits.conditions[0].low is None
+    facts = judged(store, catalog, left="scale", op=">=", right=2, metric="facts.calibrated_on")
+    assert facts.verdict == "reproduced"
+    missing = judged(store, catalog, left="scale", op=">=", right=2, metric="facts.nothing")
+    assert (missing.verdict, missing.conditions[0].reason) == (
+        "not attempted",
+        "the record has no facts.nothing",
+    )
+
+
+def test_a_single_score_is_no_proof_unless_the_claim_says_that_it_is_exact(
+    store: Store, catalog: Catalog
+) -> None:
+    run(store, catalog, "scale", "identity", models=["toy-linear"], tasks=["toy-norm"])
+    side = {"left": "scale", "right": "identity", "op": "<"}
+    loose = judged(store, catalog, **side)
+    assert (loose.verdict, loose.conditions[0].reason) == (
+        "within interval",
+        "a single score has no interval",
+    )
+    assert judged(store, catalog, **side, exact=True).verdict == "reproduced"
+    assert judged(store, catalog, **{**side, "op": ">"}, exact=True).verdict == "contradicted"
+
+
+def test_a_method_that_fails_does_not_reproduce_and_a_peer_that_fails_proves_nothing(
+    store: Store, catalog: Catalog
+) -> None:
+    run(store, catalog, "noop", {"name": "misbehave", "params": {"how": "diverge"}})
+    broken = {"method": "misbehave", "params": {"how": "diverge"}}
+    result = judged(store, catalog, left=broken, right="noop")
+    assert result.verdict == "not reproduced"
+    assert "diverged: the loss is not finite" in result.conditions[0].reason
+    assert judged(store, catalog, left="noop", right=broken).verdict == "not attempted"
+
+
+def test_everywhere_takes_the_worst_condition_and_somewhere_the_best(store: Store, catalog: Catalog) -> None:
+    run(store, catalog, "noop@twice", "noop", tasks=["toy-value", "toy:2"])
+    assert len(judged(store, catalog).conditions) == 2
+    mixed = {"right": {"method": "noop", "params": {"value": 3.0}}}
+    run(store, catalog, {"name": "noop", "params": {"value": 3.0}}, tasks=["toy:2"])
+    assert judged(store, catalog, **mixed).verdict == "contradicted"
+    # On one task it beats the dense value, on both it must beat a number between.
+    assert judged(store, catalog, holds="somewhere").verdict == "reproduced"
+
+
+def test_commands_make_the_records_that_a_claim_needs(catalog: Catalog) -> None:
+    claims = load_claims(catalog, "noop").claims
+    assert commands_for(catalog, claims[0]) == [
+        "methodbench run --method noop@twice --method noop --task toy-value"
+    ]
+    other = claims[0].model_copy(
+        update={"right": claims[0].right.model_copy(update={"params": {"value": 3.0}}), "tasks": ["*"]}
+    )
+    assert commands_for(catalog, other) == [
+        "methodbench run --method noop@twice --task toy-value",
+        "methodbench run --method noop --param value=3.0 --task toy-value",
+    ]
+
+
+def test_every_verdict_is_explained_and_every_field_is_described() -> None:
+    from methodbench.claims import Claim, Reported, ReportedValue, Side
+
+    assert all(len(text.split()) > 3 for text in VERDICTS.values())
+    for model in (Claims, Claim, Side, Reported, ReportedValue):
+        for name, field in model.model_fields.items():
+            assert field.description, f"{model.__name__}.{name}"
+
+
+INSTALLED = load_catalog()
+
+
+@pytest.mark.parametrize("name", sorted(name for name, method in INSTALLED.methods.items() if method.claims))
+def test_the_claims_of_every_method_load_and_their_settings_exist(name: str) -> None:
+    pytest.importorskip("torch")
+    from methodbench import params
+    from methodbench.catalog import load_implementation
+
+    for claim in load_claims(INSTALLED, name).claims:
+        for side in (claim.left, claim.right):
+            if side.value is None:
+                method_name, _, preset = side.method.partition("@")
+                method = INSTALLED.method(method_name)
+                settings = {**(method.presets[preset] if preset else {}), **side.params}
+                known = params.resolve(load_implementation(method.impl), settings, method_name)
+                assert set(side.free) <= set(known), f"{name}: {claim.id}: free"
+        if claim.metric and not claim.metric.startswith("facts."):
+            from methodbench.claims import RECORD_FIELDS
+
+            metrics = {metric.name for task in INSTALLED.tasks.values() for metric in task.metrics}
+            assert claim.metric in metrics | set(RECORD_FIELDS), f"{name}: {claim.id}: metric"
+        assert commands_for(INSTALLED, claim), f"{name}: {claim.id} can be tested nowhere"
