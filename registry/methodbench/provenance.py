@@ -10,7 +10,9 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,9 +22,18 @@ _SHARED = "methodbench.torchkit"
 
 #: Environment variables that change results or explain them. Others are never recorded: they may hold secrets.
 _VARIABLES = (
-    "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "CUBLAS_WORKSPACE_CONFIG",
-    "PYTHONHASHSEED", "HF_HUB_OFFLINE", "METHODBENCH_OFFLINE", "TORCH_NUM_THREADS", "ATEN_CPU_CAPABILITY",
+    "OMP_NUM_THREADS", "OMP_DYNAMIC", "OMP_PROC_BIND", "OMP_PLACES", "OMP_SCHEDULE", "GOMP_CPU_AFFINITY",
+    "KMP_AFFINITY", "KMP_DETERMINISTIC_REDUCTION", "KMP_BLOCKTIME", "MKL_NUM_THREADS", "MKL_DYNAMIC", "MKL_CBWR",
+    "MKL_ENABLE_INSTRUCTIONS", "MKL_DEBUG_CPU_TYPE", "OPENBLAS_NUM_THREADS", "OPENBLAS_CORETYPE",
+    "VECLIB_MAXIMUM_THREADS", "BLIS_NUM_THREADS", "NUMEXPR_NUM_THREADS", "DNNL_MAX_CPU_ISA", "ONEDNN_MAX_CPU_ISA",
+    "ONEDNN_DEFAULT_FPMATH_MODE", "TORCH_NUM_THREADS", "ATEN_CPU_CAPABILITY", "NPY_DISABLE_CPU_FEATURES",
+    "CUDA_VISIBLE_DEVICES", "CUDA_LAUNCH_BLOCKING", "CUBLAS_WORKSPACE_CONFIG", "NVIDIA_TF32_OVERRIDE",
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "PYTORCH_CUDA_ALLOC_CONF", "PYTHONHASHSEED", "PYTHONOPTIMIZE",
+    "MALLOC_ARENA_MAX", "LD_PRELOAD", "HF_HUB_OFFLINE", "METHODBENCH_OFFLINE",
 )  # fmt: skip
+
+#: Flags of a processor that choose between kernels: vector and matrix instructions.
+_FLAGS = re.compile(r"^(avx|sse|ssse|fma|f16c|amx|bf16|i8mm|asimd|sve|sme\d*$|neon|vsx|fphp|vnni)")
 
 
 def canonical_json(value: Any) -> str:
@@ -68,26 +79,41 @@ def source_digest(implementation: str) -> str:
     Returns:
         64 hexadecimal digits; a digest of nothing when the module has no source file.
     """
+    hasher = hashlib.sha256()
+    for name, content in sorted(source_files(implementation).items()):
+        hasher.update(f"{name}\0{len(content)}\0".encode())
+        hasher.update(content)
+    return hasher.hexdigest()
+
+
+def source_files(implementation: str) -> dict[str, bytes]:
+    """Return the source that :func:`source_digest` covers, by name of the module."""
     module = implementation.partition(":")[0]
     own = module.split(".")[0]
     files: dict[str, bytes] = {}
     pending = [module]
     while pending:
         name = pending.pop()
-        path = module_file(name)
-        if name in files or path is None:
+        found = _source(name)
+        if name in files or found is None:
             continue
-        files[name] = path.read_bytes()
+        files[name], imports = found
         pending += [
-            found
-            for found in _imports(files[name], name, is_package=path.name == "__init__.py")
-            if _within(found, own if own != "methodbench" else module) or _within(found, _SHARED)
+            other
+            for other in imports
+            if _within(other, own if own != "methodbench" else module) or _within(other, _SHARED)
         ]
-    hasher = hashlib.sha256()
-    for name in sorted(files):
-        hasher.update(f"{name}\0{len(files[name])}\0".encode())
-        hasher.update(files[name])
-    return hasher.hexdigest()
+    return files
+
+
+@functools.cache
+def _source(module: str) -> tuple[bytes, tuple[str, ...]] | None:
+    """Return the source of a module and what it imports; None when it has no source file."""
+    path = module_file(module)
+    if path is None:
+        return None
+    content = path.read_bytes()
+    return content, tuple(_imports(content, module, is_package=path.name == "__init__.py"))
 
 
 def _within(module: str, package: str) -> bool:
@@ -116,9 +142,13 @@ def _imports(source: bytes, module: str, *, is_package: bool) -> list[str]:
 
 
 @functools.cache
-def environment() -> tuple[str, Mapping[str, Any]]:
-    """Return (digest, description) of the machine and software, captured once per process."""
-    data = {
+def environment() -> Mapping[str, Any]:
+    """Return a description of the machine and its software, captured once per process.
+
+    What only a worker can tell (numeric libraries and their settings) is added by :func:`numerics`. Hold no
+    secrets: of the environment's variables only those that are listed here are read.
+    """
+    return {
         "python": platform.python_version(),
         "implementation": platform.python_implementation(),
         "platform": platform.platform(),
@@ -128,9 +158,73 @@ def environment() -> tuple[str, Mapping[str, Any]]:
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "accelerators": _accelerators(),
         "packages": _packages(),
-        "variables": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
+        "variables": variables(),
         "commit": _commit(),
     }
+
+
+def variables() -> dict[str, str]:
+    """Return the environment variables of this process that change results or explain them."""
+    return {name: os.environ[name] for name in _VARIABLES if name in os.environ}
+
+
+def numerics(device: str = "cpu") -> dict[str, Any]:
+    """Return what this process computes with: numeric libraries, their threads and determinism settings.
+
+    Imports nothing: a library that is not loaded has had no part in the result.
+
+    Args:
+        device: as torch names it; for ``cuda`` the accelerator's libraries are described too.
+
+    Returns:
+        JSON-ready values; ``variables`` are those of this process, ``torch`` is absent where it is not loaded.
+    """
+    found: dict[str, Any] = {"variables": variables()}
+    numpy, torch = sys.modules.get("numpy"), sys.modules.get("torch")
+    if numpy is not None:
+        blas = numpy.__config__.CONFIG.get("Build Dependencies", {}).get("blas", {})
+        found["numpy_blas"] = f"{blas.get('name', 'unknown')} {blas.get('version', '')}".strip()
+    if torch is not None:
+        found["torch"] = _torch_numerics(torch, device)
+    return found
+
+
+def _torch_numerics(torch: Any, device: str) -> dict[str, Any]:
+    backends = torch.backends
+    mode = {0: "off", 1: "warn", 2: "error"}[torch.get_deterministic_debug_mode()]
+    found = {
+        "threads": torch.get_num_threads(),
+        "deterministic_algorithms": mode,
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "cpu_capability": backends.cpu.get_cpu_capability(),
+        "libraries": list(_torch_libraries(torch)),
+    }
+    if device.startswith("cuda") and torch.cuda.is_initialized():
+        properties = torch.cuda.get_device_properties(device)
+        found |= {
+            "cuda": torch.version.cuda,
+            "cudnn": backends.cudnn.version(),
+            "cudnn_deterministic": backends.cudnn.deterministic,
+            "cudnn_benchmark": backends.cudnn.benchmark,
+            "tf32": {"matmul": backends.cuda.matmul.allow_tf32, "cudnn": backends.cudnn.allow_tf32},
+            "accelerator": f"{properties.name}, compute capability {properties.major}.{properties.minor}",
+        }
+    return found
+
+
+@functools.cache
+def _torch_libraries(torch: Any) -> tuple[str, ...]:
+    """Return the lines of torch's build report that name BLAS, LAPACK, OpenMP and kernels, with their versions."""
+    names = ("Math Kernel", "MKL-DNN", "OpenMP", "OpenBLAS", "BLAS", "LAPACK", "NNPACK", "Accelerate")
+    lines = [line.strip(" -") for line in torch.__config__.show().splitlines()]
+    return tuple(
+        line for line in lines if not line.startswith("Build settings") and any(n in line for n in names)
+    )
+
+
+def described(host: Mapping[str, Any], numeric: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Return (digest, description) of a run's environment: its machine, and what its process computed with."""
+    data = {**host, **numeric}
     return digest(data), data
 
 
@@ -142,18 +236,7 @@ def _processor() -> dict[str, str]:
             if key.strip() == "model name":
                 info["model"] = value.strip()
             elif key.strip() in ("flags", "Features"):
-                wanted = (
-                    "avx",
-                    "avx2",
-                    "avx512f",
-                    "avx512_bf16",
-                    "avx512_vnni",
-                    "amx_bf16",
-                    "amx_int8",
-                    "fma",
-                    "asimd",
-                )
-                info["flags"] = " ".join(flag for flag in wanted if flag in value.split())
+                info["flags"] = " ".join(sorted(flag for flag in value.split() if _FLAGS.match(flag)))
                 break
     except OSError:
         # Only Linux has this file; the platform string above still tells the machine.
@@ -162,7 +245,9 @@ def _processor() -> dict[str, str]:
 
 
 def _accelerators() -> list[str]:
-    query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    """Return name, memory, driver and compute capability of each GPU."""
+    fields = "name,memory.total,driver_version,compute_cap"
+    query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
     try:
         answer = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
@@ -180,16 +265,21 @@ def _packages() -> dict[str, str]:
 
 
 def _commit() -> dict[str, Any]:
-    """Return commit and dirty flag when methodbench runs from a checkout, else an empty dictionary."""
+    """Return the commit of the checkout that methodbench runs from, else an empty dictionary.
+
+    ``dirty`` says whether tracked files differ from it, ``changes`` is the digest of that difference.
+    """
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return {}
+
+    def git(*words: str) -> bytes:
+        return subprocess.run(["git", *words], cwd=root, capture_output=True, timeout=10, check=True).stdout
+
     try:
-        run = functools.partial(
-            subprocess.run, cwd=root, capture_output=True, text=True, timeout=10, check=True
-        )
-        commit = run(["git", "rev-parse", "HEAD"]).stdout.strip()
-        dirty = bool(run(["git", "status", "--porcelain", "--untracked-files=no"]).stdout.strip())
+        commit = git("rev-parse", "HEAD").decode().strip()
+        changes = git("diff", "--no-ext-diff", "--no-color", "HEAD")
     except (OSError, subprocess.SubprocessError):
         return {}
-    return {"commit": commit, "dirty": dirty}
+    found = {"commit": commit, "dirty": bool(changes)}
+    return found | ({"changes": hashlib.sha256(changes).hexdigest()} if changes else {})

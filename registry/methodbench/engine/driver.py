@@ -19,8 +19,8 @@ from methodbench.engine.cell import Cell, Job, group_jobs
 from methodbench.engine.executors import CellOutcome, Executor, LocalExecutor
 from methodbench.entries import Method, Model
 from methodbench.errors import MethodbenchError, UnknownNameError
-from methodbench.provenance import environment
-from methodbench.store import Environment, MetricValue, Run, Series, Store
+from methodbench.provenance import canonical_json, described, environment
+from methodbench.store import Environment, Fingerprint, MetricValue, Run, Series, Store
 
 if TYPE_CHECKING:
     from methodbench.catalog import Catalog
@@ -198,8 +198,8 @@ class _Drive:
         self.jobs: dict[str, Job] = {}
         self.unprepared: dict[str, str] = {}
         """Why a model could not be prepared, by weights digest."""
-        digest, data = environment()
-        self.environment = Environment(digest=digest, captured_at=datetime.now(UTC), data=dict(data))
+        self.environments: dict[str, Environment] = {}
+        """What workers computed with, by what they said about it."""
 
     def run(self, todo: Sequence[Cell], executor: Executor) -> None:
         executor.run([self._preparation(cell) for cell in _one_per_model(todo)], self)
@@ -269,8 +269,18 @@ class _Drive:
             return
         self._record(self.jobs[job["id"]].cells[index], outcome)
 
+    def _environment(self, result: Mapping[str, Any]) -> Environment:
+        """Return the environment of a run: this machine, and what the worker computed with."""
+        numeric = result.get("numerics", {})
+        key = canonical_json(numeric)
+        if key not in self.environments:
+            digest, data = described(environment(), numeric)
+            self.environments[key] = Environment(digest=digest, captured_at=datetime.now(UTC), data=data)
+        return self.environments[key]
+
     def _record(self, cell: Cell, outcome: CellOutcome) -> None:
         result = outcome.result
+        captured = self._environment(result)
         identifier = uuid.uuid4().hex[:12]
         wall = result.get("wall_seconds", 0.0)
         started = result.get("started")
@@ -300,7 +310,7 @@ class _Drive:
             method_digest=cell.method_digest,
             weights_digest=cell.weights_digest,
             data_digest=cell.data_digest,
-            environment_digest=self.environment.digest,
+            environment_digest=captured.digest,
             methodbench_version=__version__,
             suite=cell.suite,
             command=cell.command(),
@@ -328,7 +338,9 @@ class _Drive:
             Series(run_id=identifier, name=name, values=_blob(points))
             for name, points in result.get("series", {}).items()
         ]
-        self.store.add(run, metrics, series, self.environment)
+        marks = result.get("marks")
+        fingerprint = Fingerprint(run_id=identifier, marks=marks) if marks else None
+        self.store.add(run, metrics, series, captured, fingerprint)
         self.report.runs[cell.key] = run
         self.report.new.append(cell.key)
         self.reporter.finished(cell, run, metrics)

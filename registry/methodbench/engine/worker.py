@@ -17,6 +17,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,10 +31,11 @@ from methodbench.entries import Metric
 from methodbench.errors import DivergedError, MethodbenchError, NotApplicableError
 from methodbench.kinds import MODEL_KINDS
 from methodbench.locks import locked
-from methodbench.provenance import digest
+from methodbench.provenance import digest, numerics
 
 if TYPE_CHECKING:
     from methodbench.protocols import Evaluation
+    from methodbench.torchkit.fingerprints import Mark
     from methodbench.torchkit.model import Calibration, LoadedModel
 
 Emit = Callable[[Mapping[str, Any]], None]
@@ -63,6 +65,12 @@ def _settle(job: Mapping[str, Any]) -> None:
         torch.manual_seed(seed)
         # The debug mode sets the same switch as use_deterministic_algorithms, which imports the compiler as well.
         torch.set_deterministic_debug_mode("warn")
+        if job["device"].startswith("cuda"):
+            torch.backends.cudnn.benchmark = False
+            torch.backends.cudnn.deterministic = True
+            # TF32 keeps ten bits of mantissa: float32 results are to be float32 results on every accelerator.
+            torch.backends.cudnn.allow_tf32 = False
+            torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def _prepare_model(job: Mapping[str, Any], emit: Emit) -> None:
@@ -106,6 +114,16 @@ def _failure(error: Exception) -> dict[str, str]:
     return {"status": "failed", "reason": f"{type(error).__name__}: {_first_line(error)}"}
 
 
+@dataclass(slots=True)
+class _Compressed:
+    """What a method made of the model, with what it took and what is to be known about it."""
+
+    model: LoadedModel
+    phases: dict[str, float]
+    warnings: list[str]
+    marks: list[Mark]
+
+
 class _Bench:
     """State that the cells of one job share: the model, and what it was compressed into."""
 
@@ -114,7 +132,7 @@ class _Bench:
         self.emit = emit
         self.method: Any = None
         self.model: LoadedModel | None = None
-        self.compressed: dict[str, tuple[LoadedModel, dict[str, float], list[str]]] = {}
+        self.compressed: dict[str, _Compressed] = {}
 
     def run(self) -> None:
         cells = self.job["cells"]
@@ -134,6 +152,7 @@ class _Bench:
             result["wall_seconds"] = time.perf_counter() - begin
             result["phases"] = ctx.phases
             result["warnings"] = ctx.warnings
+            result["numerics"] = numerics(self.job["device"])
             result["peak_memory_bytes"] = peak_memory_bytes()
             sys.stdout.flush()
             # Where this cell's share of the job's log ends.
@@ -162,7 +181,6 @@ class _Bench:
                 )
         described = cell["task"]
         task = params.build(load_implementation(described["impl"]), described["params"], described["name"])
-        # Every cell starts from the same state, whichever cells ran before it in this process.
         _settle(self.job)
         if self.job["model"] is not None and self.model is None:
             with self._phase(ctx, "load"):
@@ -170,16 +188,33 @@ class _Bench:
         result: dict[str, Any] = {}
         if wanted["kind"] in MODEL_KINDS:
             assert self.model is not None
-            model = self._compress(task, described, ctx)
-            with self._phase(ctx, "evaluate"):
-                evaluation = task.evaluate(model, ctx)
-            result |= _storage(model)
-            facts = dict(model.facts)
+            compressed = self._compress(task, described, ctx)
+            evaluation, marks = self._evaluate(
+                compressed.model, ctx, lambda: task.evaluate(compressed.model, ctx)
+            )
+            result |= _storage(compressed.model)
+            result["marks"] = [asdict(mark) for mark in (*compressed.marks, *marks)]
+            facts = dict(compressed.model.facts)
         else:
-            with self._phase(ctx, "evaluate"):
-                evaluation = task.evaluate(self.method, self.model, ctx)
+            evaluation, marks = self._evaluate(
+                self.model, ctx, lambda: task.evaluate(self.method, self.model, ctx)
+            )
+            result["marks"] = [asdict(mark) for mark in marks]
             facts = dict(self.model.facts) if self.model else {}
         return result | _outcome(evaluation, facts, described)
+
+    def _evaluate(
+        self, model: LoadedModel | None, ctx: Context, evaluate: Callable[[], Evaluation]
+    ) -> tuple[Evaluation, list[Mark]]:
+        # A phase starts from the same state, whichever cells ran before it in this process.
+        _settle(self.job)
+        with self._phase(ctx, "evaluate"):
+            if model is None:
+                return evaluate(), []
+            from methodbench.torchkit.fingerprints import Watch
+
+            with Watch(model) as watch:
+                return evaluate(), watch.marks
 
     def _load(self, ctx: Context) -> LoadedModel:
         wanted = self.job["model"]
@@ -192,7 +227,8 @@ class _Bench:
             model.module.to(device=ctx.device, dtype=getattr(torch, ctx.dtype))
         return model
 
-    def _compress(self, task: Any, described: Mapping[str, Any], ctx: Context) -> LoadedModel:
+    def _compress(self, task: Any, described: Mapping[str, Any], ctx: Context) -> _Compressed:
+        from methodbench.torchkit import fingerprints
         from methodbench.torchkit.model import Calibration
 
         assert self.model is not None
@@ -204,15 +240,19 @@ class _Bench:
         if key not in self.compressed:
             self.compressed.clear()
             scratch = Context(ctx.seed, ctx.device, ctx.dtype, ctx.threads, ctx.cache)
+            # Whether the calibration inputs were drawn here or come from the cache, what follows is the same.
+            _settle(self.job)
             with self._phase(scratch, "compress"):
                 model = self.method.compress(self.model, data, scratch)
             if data.source:
                 model.facts.setdefault("calibration", data.source)
-            self.compressed[key] = (model, scratch.phases, scratch.warnings)
-        model, phases, warnings = self.compressed[key]
-        ctx.phases.update(phases)
-        ctx.warnings.extend(warnings)
-        return model
+            marks = [fingerprints.mark("calibration", "", data.inputs)] if data.source else []
+            marks += fingerprints.weight_marks(model)
+            self.compressed[key] = _Compressed(model, scratch.phases, scratch.warnings, marks)
+        compressed = self.compressed[key]
+        ctx.phases.update(compressed.phases)
+        ctx.warnings.extend(compressed.warnings)
+        return compressed
 
     def _calibration(self, task: Any, described: Mapping[str, Any], ctx: Context) -> Calibration:
         """Return the task's calibration inputs, made once per machine for all methods on this model."""
