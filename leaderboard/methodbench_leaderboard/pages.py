@@ -10,7 +10,7 @@ import math
 import secrets
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,21 @@ _STATIC = ("site.css", "site.js", "favicon.svg")
 
 def write_site(store: Store, catalog: Catalog, out: Path) -> Path:
     """Write the whole site beside ``out``, then put it in its place; see :func:`methodbench_leaderboard.build`."""
+
+    def write(fresh: Path) -> None:
+        _Site(read_records(store), catalog, fresh).write()
+        (fresh / MARKER).write_text("A site built by methodbench; the next build replaces this folder.\n")
+
+    replace_folder(out, write)
+    return out / "index.html"
+
+
+def replace_folder(out: Path, write: Callable[[Path], None]) -> None:
+    """Let ``write`` fill a new folder, then put it in the place of ``out`` in one step.
+
+    Raises:
+        MethodbenchError: ``out`` holds something that is not a site, or cannot be written; it is left as it was.
+    """
     target = out.expanduser().resolve()
     _check_replaceable(target)
     fresh = target.parent / f".{target.name}-{secrets.token_hex(4)}"
@@ -63,8 +78,7 @@ def write_site(store: Store, catalog: Catalog, out: Path) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         fresh.mkdir()
         try:
-            _Site(read_records(store), catalog, fresh).write()
-            (fresh / MARKER).write_text("A site built by methodbench; the next build replaces this folder.\n")
+            write(fresh)
             _swap(fresh, target)
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
@@ -72,20 +86,19 @@ def write_site(store: Store, catalog: Catalog, out: Path) -> Path:
         where = error.filename or target
         raise MethodbenchError(
             f"cannot write the site: {where}: {error.strerror or error}",
-            "Make room or choose another folder with --out. What was there is unchanged.",
+            "Make room or choose another folder. What was there is unchanged.",
         ) from error
-    return out / "index.html"
 
 
 def _check_replaceable(target: Path) -> None:
     if not target.exists():
         return
     if not target.is_dir():
-        raise MethodbenchError(f"{target} is a file, not a folder", "Choose another folder with --out.")
+        raise MethodbenchError(f"{target} is a file, not a folder", "Choose another folder.")
     if not (target / MARKER).is_file() and any(target.iterdir()):
         raise MethodbenchError(
             f"{target} is not empty and was not built by methodbench",
-            "Nothing was replaced: choose another folder with --out, or empty this one.",
+            "Nothing was replaced: choose another folder, or empty this one.",
         )
 
 

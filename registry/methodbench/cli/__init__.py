@@ -27,7 +27,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "results": ("records:results", "Print results with their intervals."),
     "compare": ("records:compare", "Compare two methods on the cells that both share, paired."),
     "claims": ("claims:claims", "Say which claims of the papers the records reproduce."),
-    "site": ("site:site", "Build the leaderboard and look at it."),
+    "site": ("site:site", "Build the leaderboard, look at it, check and publish it."),
     "sources": ("sources:sources", "Fetch weights ahead of time."),
     "doctor": ("doctor:doctor", "Check the installation, the plugins and the database."),
 }
