@@ -70,8 +70,10 @@ def run(
     *,
     db: str | None = None,
     executor: str = "local",
+    address: str = "",
     cores: int | None = None,
     memory_limit: int | None = None,
+    batch: int = 1,
     retry: bool = False,
     reporter: Reporter | None = None,
     catalog: Catalog | None = None,
@@ -81,8 +83,11 @@ def run(
     Args:
         db: path of an SQLite file or an SQLAlchemy URL; by default ``METHODBENCH_DB`` or ``methodbench.db``.
         executor: ``local``, or a name that a plugin knows.
+        address: where the executor's cluster is; empty for this machine.
         cores: CPU cores to use; by default all that this process may.
-        memory_limit: resident bytes above which a worker is ended; by default 90 % of the machine's memory.
+        memory_limit: bytes above which a worker is ended, with everything that it started; by default 90 % of the
+            machine's memory.
+        batch: how many cells one worker may run, one after the other; 1 isolates every cell.
         retry: also run cells whose newest record is a failure.
         reporter: shows progress; silent by default.
     """
@@ -97,8 +102,10 @@ def run(
             store,
             known,
             executor=executor,
+            address=address,
             cores=cores,
             memory_limit=memory_limit,
+            batch=batch,
             retry=retry,
             reporter=reporter,
         )

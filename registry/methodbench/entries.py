@@ -100,6 +100,22 @@ class Metric:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Resources:
+    """What one cell takes of a machine; executors start it only where and when that is free."""
+
+    cores: int = 1
+    """CPU cores, where they are more than the task's threads (helper processes)."""
+    memory: float = 0.0
+    """GiB of main memory; 0 where it does not matter."""
+    gpus: int = 0
+    """GPUs. A cell on a ``cuda`` device has at least one."""
+
+    def __post_init__(self) -> None:
+        if self.cores < 1 or self.memory < 0 or self.gpus < 0:
+            raise EntryError(f"{self} must ask for at least one core, and for nothing negative")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Method:
     """A published technique, or a baseline."""
 
@@ -130,6 +146,7 @@ class Method:
     """Which tokens it touches, where that matters for ranking (``prefill``, ``decode``, ``last-99%``)."""
     extra: str = ""
     """The optional dependency that it needs."""
+    resources: Resources = Resources()
 
     def __post_init__(self) -> None:
         _check_name("method", self.name)
@@ -195,6 +212,7 @@ class Task:
     moves a perplexity by several per cent). A machine with more cores runs more cells side by side; a suite may ask
     for another count, which makes other cells."""
     extra: str = ""
+    resources: Resources = Resources()
 
     def __post_init__(self) -> None:
         _check_name("task", self.name, _QUALIFIED_NAME)

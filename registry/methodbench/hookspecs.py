@@ -21,7 +21,7 @@ import pluggy
 from methodbench.entries import Family, Method, Model, SuiteFile, Task
 
 if TYPE_CHECKING:
-    from methodbench.engine.executors import Executor
+    from methodbench.engine.executors import Executor, ExecutorOptions
 
 GROUP = "methodbench"
 HOOK_VERSION = 1
@@ -89,6 +89,11 @@ def methodbench_task_named(name: str) -> Task | None:
 
 
 @hookspec(firstresult=True)
-def methodbench_executor(name: str) -> Executor | None:
-    """Return the executor called ``name`` (``--executor NAME``), or None. The first plugin that answers wins."""
+def methodbench_executor(name: str, options: ExecutorOptions) -> Executor | None:
+    """Return the executor called ``name``, or None. The first plugin that answers wins.
+
+    Args:
+        name: what ``--executor`` says.
+        options: what every executor is told: cores, memory limit, address.
+    """
     raise NotImplementedError

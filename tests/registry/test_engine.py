@@ -15,6 +15,7 @@ import pytest
 
 from methodbench import api
 from methodbench.catalog import Catalog
+from methodbench.engine import executors
 from methodbench.engine.driver import Report, SilentReporter, run_plan
 from methodbench.store import Store
 from methodbench.suite import Suite
@@ -152,6 +153,116 @@ def test_processes_that_a_worker_leaves_behind_end_with_it(
     pytest.fail(f"process {pid} still runs")
 
 
+def test_a_daemon_that_a_worker_starts_ends_with_it(store: Store, catalog: Catalog, tmp_path: Path) -> None:
+    note = tmp_path / "pid"
+    report = run(store, catalog, suite(misbehave("escape", note=str(note))))
+    assert report.complete
+    pid = int(note.read_text())
+    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def test_memory_counts_over_all_processes_of_a_cell(store: Store, catalog: Catalog) -> None:
+    report = run(store, catalog, suite(misbehave("hog-family"), "noop"), memory_limit=900 * 2**20)
+    ends = by_variant(report)
+    assert ends["how=hog-family"][0] == "oom"
+    assert "more than the limit of 0.9 GiB" in ends["how=hog-family"][1]
+    assert ends[""] == ("ok", "")
+
+
+@pytest.mark.parametrize("number", [signal.SIGILL, signal.SIGABRT, signal.SIGFPE, signal.SIGTERM, 40])
+def test_a_worker_may_die_by_any_signal(store: Store, catalog: Catalog, number: int) -> None:
+    report = run(store, catalog, suite(misbehave("signal", number=int(number))))
+    ((status, reason),) = by_variant(report).values()
+    assert status == "failed"
+    name = number.name if isinstance(number, signal.Signals) else f"signal {number}"
+    assert reason == f"killed by {name}"
+
+
+def test_a_server_that_hangs_is_replaced(
+    store: Store, catalog: Catalog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stopped server reports no exits: its worker's result counts, and the cells behind it still run."""
+    monkeypatch.setattr(executors, "STUCK_SECONDS", 1.0)
+    monkeypatch.setattr(executors, "_START_SECONDS", 1.0)
+    report = run(
+        store, catalog, suite(misbehave("stop-server"), {"name": "noop", "grid": {"value": [2, 3, 4]}})
+    )
+    assert report.complete
+    assert len(report.new) == 4
+
+
+def test_a_process_that_cannot_be_killed_does_not_stop_the_run(
+    store: Store, catalog: Catalog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process stuck in the kernel ignores SIGKILL; here the signals do not reach it."""
+    monkeypatch.setattr(executors, "STUCK_SECONDS", 0.5)
+    monkeypatch.setattr(executors, "GRACE", 0.2)
+    monkeypatch.setattr(executors, "send_signal", lambda pid, number: None)
+    wanted = suite(misbehave("hang"), {"name": "noop", "grid": {"value": [2, 3, 4]}}, timeout=1.0)
+    ends = by_variant(run(store, catalog, wanted))
+    status, reason = ends.pop("how=hang")
+    assert status == "timeout"
+    assert reason.startswith("took more than 1 s; its process ")
+    assert reason.endswith(" is stuck and could not be killed")
+    assert {status for status, _ in ends.values()} == {"ok"}
+
+
+def test_each_worker_sees_the_gpu_it_was_given(
+    store: Store, catalog: Catalog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(executors, "visible_gpus", lambda: ("3", "5"))
+    both = suite(misbehave("environment"), device="cuda:1", seeds=[0, 1])
+    report = run(store, catalog, both)
+    assert report.complete
+    assert [row.value for row in store.metrics() if row.primary] == pytest.approx([5.0, 5.0], abs=0.02)
+    assert {run.device for run in report.runs.values()} == {"cuda:1"}
+
+
+def test_cells_that_need_more_than_the_machine_has_are_left_out_with_the_reason(
+    store: Store, catalog: Catalog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(executors, "visible_gpus", lambda: ("0",))
+    on_gpu = run(store, catalog, suite("needs-gpus", device="cuda"), suite("noop", device="cuda:3"))
+    assert set(on_gpu.left_out.values()) == {
+        "needs 2 GPUs, and this machine offers 1 GPU",
+        "needs cuda:3, and this machine offers 1 GPU",
+    }
+    in_memory = run(store, catalog, suite("needs-memory"))
+    (reason,) = in_memory.left_out.values()
+    assert reason.startswith("needs 1000000.0 GiB of memory, and ")
+    assert not store.runs()
+    plan = api.plan(suite("needs-gpus"), catalog=catalog)
+    assert [skip.reason for skip in plan.skips] == [
+        "method needs-gpus needs a GPU, and the suite asks for the device cpu"
+    ]
+
+
+def test_a_batch_gives_the_bits_of_isolated_cells(tmp_path: Path, catalog: Catalog) -> None:
+    from methodbench.store import open_store
+
+    wanted = suite({"name": "noop", "grid": {"value": [1, 2, 3]}}, seeds=[0, 1])
+    scores = []
+    for batch in (1, 4):
+        with open_store(str(tmp_path / f"{batch}.db")) as store:
+            report = run(store, catalog, wanted, batch=batch)
+            assert report.complete
+            keys = {run.id: run.cell_key for run in report.runs.values()}
+            scores.append({(keys[row.run_id], row.name): row.scores for row in store.metrics()})
+    assert scores[0] == scores[1]
+    assert len(scores[0]) == 12
+
+
+def test_a_crash_in_a_batch_costs_the_cell_that_crashed(store: Store, catalog: Catalog) -> None:
+    noop = {"name": "noop", "grid": {"value": [1, 2]}}
+    report = run(store, catalog, suite(misbehave("segfault", "hang"), noop, timeout=1), batch=10)
+    assert by_variant(report) == {
+        "value=1": ("ok", ""),
+        "value=2": ("ok", ""),
+        "how=segfault": ("failed", "killed by SIGSEGV"),
+        "how=hang": ("timeout", "took more than 1 s"),
+    }
+
+
 def test_the_death_of_the_fork_server_fails_the_cell_that_killed_it_and_no_other(
     store: Store, catalog: Catalog
 ) -> None:
@@ -159,7 +270,7 @@ def test_the_death_of_the_fork_server_fails_the_cell_that_killed_it_and_no_other
         store, catalog, suite(misbehave("kill-server"), "noop", {"name": "noop", "grid": {"value": [2, 3]}})
     )
     ends = by_variant(report)
-    assert ends.pop("how=kill-server") == ("failed", "the fork server died while this cell ran")
+    assert ends.pop("how=kill-server") == ("failed", "the fork server died (SIGKILL) while this cell ran")
     assert {status for status, _ in ends.values()} == {"ok"}
     assert len(ends) == 3
 
@@ -315,6 +426,29 @@ def _cmdline(process: psutil.Process) -> list[str]:
 
 
 def test_signals_are_named(store: Store, catalog: Catalog) -> None:
-    from methodbench.engine.executors import _explain_exit
+    assert executors._explain_exit(-signal.SIGBUS, 0) == ("failed", "killed by SIGBUS")
 
-    assert _explain_exit(-signal.SIGBUS, 0) == ("failed", "killed by SIGBUS")
+
+def test_a_job_that_waits_keeps_what_it_lacks() -> None:
+    from methodbench.engine.slots import Needs, Slots
+
+    slots = Slots(cores=4, memory=100, gpus=("0", "1"))
+    first = slots.take(Needs(1, gpus=1, device="cuda:0"))
+    assert first.gpus == (0,)
+    assert slots.missing(Needs(1, gpus=1, device="cuda:0")) == {"gpus"}
+    assert slots.missing(Needs(1, gpus=2, device="cuda")) == {"gpus"}
+    second = slots.take(Needs(2, memory=60, gpus=1, device="cuda"))
+    assert second.gpus == (1,)
+    assert slots.environment(second)["CUDA_VISIBLE_DEVICES"] == "1"
+    assert slots.missing(Needs(2, memory=50)) == {"cores", "memory"}
+    slots.give_back(second, stuck=True)
+    slots.give_back(second)
+    assert slots.used_cores == 1
+    assert slots.used_memory == 0
+    assert slots.lacking(Needs(1, gpus=1, device="cuda:1")) != ""
+    assert slots.lacking(Needs(1, gpus=2, device="cuda")) != ""
+    assert slots.lacking(Needs(1, gpus=1, device="cuda")) == ""
+    # What needs every core runs on a machine with fewer, alone.
+    assert slots.missing(Needs(16)) == {"cores"}
+    slots.give_back(first)
+    assert slots.missing(Needs(16)) == set()

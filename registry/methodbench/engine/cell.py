@@ -6,11 +6,13 @@ A cell is one method with its hyperparameters on one model and one task under on
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from methodbench.engine.slots import GIB, Needs
 from methodbench.entries import Method, Model, Task
 from methodbench.provenance import digest
 
@@ -70,6 +72,18 @@ class Cell:
             "device_class": self.device.partition(":")[0],
             "threads": self.threads,
         }
+
+    @property
+    def needs(self) -> Needs:
+        """What a machine must have free for this cell."""
+        asked = (self.method.resources, self.task.resources)
+        gpus = max(1, *(one.gpus for one in asked)) if self.device != "cpu" else 0
+        return Needs(
+            cores=max(self.threads, *(one.cores for one in asked)),
+            memory=int(max(one.memory for one in asked) * GIB),
+            gpus=gpus,
+            device=self.device,
+        )
 
     @property
     def label(self) -> str:
@@ -136,6 +150,7 @@ def group_jobs(cells: list[Cell]) -> list[Job]:
             cell.dtype,
             cell.device,
             cell.threads,
+            dataclasses.astuple(cell.task.resources),
         ]
         groups.setdefault(digest(shared), []).append(cell)
     jobs = [Job(tuple(group)) for group in groups.values()]

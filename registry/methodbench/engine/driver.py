@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import tempfile
@@ -16,7 +17,8 @@ import numpy as np
 
 from methodbench import __version__, sources
 from methodbench.engine.cell import Cell, Job, group_jobs
-from methodbench.engine.executors import CellOutcome, Executor, LocalExecutor
+from methodbench.engine.executors import CellOutcome, Executor, ExecutorOptions, LocalExecutor
+from methodbench.engine.slots import Needs
 from methodbench.entries import Method, Model
 from methodbench.errors import MethodbenchError, UnknownNameError
 from methodbench.provenance import canonical_json, described, environment
@@ -95,8 +97,10 @@ def run_plan(
     catalog: Catalog,
     *,
     executor: str = "local",
+    address: str = "",
     cores: int | None = None,
     memory_limit: int | None = None,
+    batch: int = 1,
     retry: bool = False,
     reporter: Reporter | None = None,
 ) -> Report:
@@ -104,8 +108,11 @@ def run_plan(
 
     Args:
         executor: ``local``, or a name that a plugin knows.
+        address: where the executor's cluster is; empty for this machine.
         cores: CPU cores to use; by default all that this process may.
-        memory_limit: resident bytes above which a worker is ended.
+        memory_limit: bytes above which a worker is ended, with everything that it started.
+        batch: how many cells one worker may run, one after the other. More than one saves the fork per cell, and
+            gives up that each cell starts in a fresh process.
         retry: also run cells whose newest record is a failure.
         reporter: shows progress.
 
@@ -124,9 +131,11 @@ def run_plan(
         if todo:
             with tempfile.TemporaryDirectory(prefix="methodbench-", ignore_cleanup_errors=True) as scratch:
                 cores = cores or available_cores()
-                runner = _executor(executor, catalog, todo, cores, memory_limit)
+                options = ExecutorOptions(cores, _preload(todo), memory_limit, address)
+                runner = _executor(executor, catalog, options)
                 try:
-                    _Drive(store, report, reporter, Path(scratch)).run(todo, runner)
+                    todo = _fitting(todo, runner, report, reporter)
+                    _Drive(store, report, reporter, Path(scratch)).run(todo, runner, batch)
                 finally:
                     runner.close()
     finally:
@@ -168,15 +177,37 @@ def _fetch_weights(todo: list[Cell], report: Report, reporter: Reporter) -> list
     return [cell for cell in todo if cell.weights_digest not in problems]
 
 
-def _executor(
-    name: str, catalog: Catalog, todo: Sequence[Cell], cores: int, memory_limit: int | None
-) -> Executor:
+def _executor(name: str, catalog: Catalog, options: ExecutorOptions) -> Executor:
     if name == "local":
-        return LocalExecutor(cores=cores, preload=_preload(todo), memory_limit=memory_limit)
-    found = catalog.manager.hook.methodbench_executor(name=name)
+        if options.address:
+            raise MethodbenchError(
+                "the local executor runs on this machine and takes no address",
+                "Name the executor that the address belongs to, for example --executor ray.",
+            )
+        return LocalExecutor(options)
+    found = catalog.manager.hook.methodbench_executor(name=name, options=options)
     if found is None:
-        raise UnknownNameError("executor", name, ["local"])
+        raise UnknownNameError("executor", name, ["local", "ray"])
     return found
+
+
+def _fitting(todo: list[Cell], executor: Executor, report: Report, reporter: Reporter) -> list[Cell]:
+    """Leave out the cells that need more than the executor ever has."""
+    reasons: dict[Needs, str] = {}
+    without: dict[str, list[Cell]] = {}
+    fitting = []
+    for cell in todo:
+        needs = cell.needs
+        if needs not in reasons:
+            reasons[needs] = executor.lacking(needs)
+        if reasons[needs]:
+            without.setdefault(reasons[needs], []).append(cell)
+        else:
+            fitting.append(cell)
+    for reason, cells in without.items():
+        report.left_out |= {cell.key: reason for cell in cells}
+        reporter.left_out(cells, reason)
+    return fitting
 
 
 def _preload(todo: Sequence[Cell]) -> list[str]:
@@ -195,13 +226,13 @@ class _Drive:
         self.report = report
         self.reporter = reporter
         self.scratch = scratch
-        self.jobs: dict[str, Job] = {}
+        self.jobs: dict[str, tuple[Cell, ...]] = {}
         self.unprepared: dict[str, str] = {}
         """Why a model could not be prepared, by weights digest."""
         self.environments: dict[str, Environment] = {}
         """What workers computed with, by what they said about it."""
 
-    def run(self, todo: Sequence[Cell], executor: Executor) -> None:
+    def run(self, todo: Sequence[Cell], executor: Executor, batch: int) -> None:
         executor.run([self._preparation(cell) for cell in _one_per_model(todo)], self)
         ready = []
         for cell in todo:
@@ -210,7 +241,7 @@ class _Drive:
                 ready.append(cell)
             else:
                 self._record(cell, CellOutcome("failed", reason))
-        executor.run([self._job_data(job) for job in group_jobs(ready)], self)
+        executor.run([self._job_data(jobs) for jobs in _batches(group_jobs(ready), batch)], self)
 
     # What workers get
 
@@ -223,10 +254,10 @@ class _Drive:
             "out": str(out),
             "log": str(out / "log.txt"),
             "first": 0,
-            "seed": cell.seed,
-            "dtype": cell.dtype,
             "device": cell.device,
             "threads": threads,
+            "needs": dataclasses.asdict(cell.needs),
+            "environment": {},
             "cache": str(sources.cache_dir()),
         }
 
@@ -235,30 +266,35 @@ class _Drive:
         source = sources.fetch(cell.model.source, sha256=cell.model.sha256).path
         wanted = {**_model_data(cell.model, cell.weights_digest), "source": str(source) if source else None}
         # Models are trained and converted under seed 0 whatever the cell's seed: they are part of the question.
-        common = {**self._common(cell, _PREPARE_THREADS), "seed": 0}
+        needs = dataclasses.asdict(Needs(_PREPARE_THREADS))
+        common = {**self._common(cell, _PREPARE_THREADS), "seed": 0, "device": "cpu", "needs": needs}
         return {**common, "prepare": wanted, "cells": [{"timeout": cell.timeout}]}
 
-    def _job_data(self, job: Job) -> dict[str, Any]:
-        first = job.cells[0]
-        data = self._common(first, job.threads)
-        data["method"] = _method_data(first.method, first.params)
-        data["model"] = _model_data(first.model, first.weights_digest) if first.model else None
-        data["cells"] = [{"timeout": cell.timeout, "task": _task_data(cell)} for cell in job.cells]
-        self.jobs[data["id"]] = job
+    def _job_data(self, jobs: Sequence[Job]) -> dict[str, Any]:
+        """Return what one worker gets: parts that differ in method, model or seed, and the cells of each."""
+        first = jobs[0].cells[0]
+        data = self._common(first, jobs[0].threads)
+        data["parts"] = [_part_data(job.cells[0]) for job in jobs]
+        data["cells"] = [
+            {"part": part, "timeout": cell.timeout, "task": _task_data(cell)}
+            for part, job in enumerate(jobs)
+            for cell in job.cells
+        ]
+        self.jobs[data["id"]] = tuple(cell for job in jobs for cell in job.cells)
         return data
 
     # What comes back
 
-    def _label(self, job: Mapping[str, Any]) -> str:
+    def _label(self, job: Mapping[str, Any], index: int) -> str:
         if "prepare" in job:
             return f"prepare {job['prepare']['name']}"
-        return self.jobs[job["id"]].cells[0].label
+        return self.jobs[job["id"]][index].label
 
     def started(self, job: Mapping[str, Any]) -> None:
-        self.reporter.started(self._label(job))
+        self.reporter.started(self._label(job, job["first"]))
 
-    def phase(self, job: Mapping[str, Any], phase: str) -> None:
-        self.reporter.phase(self._label(job), phase)
+    def phase(self, job: Mapping[str, Any], index: int, phase: str) -> None:
+        self.reporter.phase(self._label(job, index), phase)
 
     def finished(self, job: Mapping[str, Any], index: int, outcome: CellOutcome) -> None:
         if "prepare" in job:
@@ -267,7 +303,7 @@ class _Drive:
                 reason = f"{wanted['name']} could not be prepared: {outcome.reason}"
                 self.unprepared[wanted["digest"]] = reason
             return
-        self._record(self.jobs[job["id"]].cells[index], outcome)
+        self._record(self.jobs[job["id"]][index], outcome)
 
     def _environment(self, result: Mapping[str, Any]) -> Environment:
         """Return the environment of a run: this machine, and what the worker computed with."""
@@ -353,6 +389,32 @@ def _one_per_model(cells: Sequence[Cell]) -> list[Cell]:
         if cell.model is not None and not prepared_folder(cell.weights_digest).is_dir():
             found.setdefault(cell.weights_digest, cell)
     return list(found.values())
+
+
+def _batches(jobs: Sequence[Job], size: int) -> list[list[Job]]:
+    """Join neighbours into batches of at most ``size`` cells; what one worker runs needs the same of the machine."""
+    batches: list[list[Job]] = []
+    count = 0
+    before: object = None
+    for job in jobs:
+        first = job.cells[0]
+        needs = (job.threads, first.device, first.method.resources, first.task.resources)
+        if not batches or needs != before or count + len(job.cells) > size:
+            batches.append([])
+            count = 0
+        batches[-1].append(job)
+        count += len(job.cells)
+        before = needs
+    return batches
+
+
+def _part_data(cell: Cell) -> dict[str, Any]:
+    return {
+        "seed": cell.seed,
+        "dtype": cell.dtype,
+        "method": _method_data(cell.method, cell.params),
+        "model": _model_data(cell.model, cell.weights_digest) if cell.model else None,
+    }
 
 
 def _method_data(method: Method, params: Mapping[str, Any]) -> dict[str, Any]:

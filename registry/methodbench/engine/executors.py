@@ -9,22 +9,33 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import psutil
 
+from methodbench.engine.processes import is_alive, resident_bytes, send_signal
+from methodbench.engine.slots import Grant, Needs, Slots, visible_gpus
+
 #: Seconds between SIGTERM and SIGKILL.
-_GRACE = 2.0
+GRACE = 2.0
+#: Seconds after SIGKILL at which a worker counts as stuck in the kernel (a GPU call, a dead network disk).
+STUCK_SECONDS = 15.0
+#: Seconds in which a server that is up must have forked a worker.
+_START_SECONDS = 60.0
 #: Seconds between two looks at the workers' time and memory.
 _LOOK_SECONDS = 0.1
 _LOG_TAIL = 8000
 #: A server that dies this often without finishing anything is not started again.
 _MAX_DEATHS = 3
+#: How many waiting jobs are looked at for one that fits.
+_WINDOW = 256
 
 
 @dataclass(slots=True)
@@ -43,15 +54,32 @@ class Sink(Protocol):
     def started(self, job: Mapping[str, Any]) -> None:
         """A worker began with ``job``."""
 
-    def phase(self, job: Mapping[str, Any], phase: str) -> None:
-        """The worker of ``job`` entered a phase."""
+    def phase(self, job: Mapping[str, Any], index: int, phase: str) -> None:
+        """The worker of ``job`` entered a phase of cell ``index``."""
 
     def finished(self, job: Mapping[str, Any], index: int, outcome: CellOutcome) -> None:
         """Cell ``index`` of ``job`` came to an end, one way or another. Called once per cell."""
 
 
+@dataclass(frozen=True, slots=True)
+class ExecutorOptions:
+    """What every executor is told."""
+
+    cores: int
+    """CPU cores to fill on this machine."""
+    preload: Sequence[str] = ()
+    """Modules that all workers import anyway."""
+    memory_limit: int | None = None
+    """Bytes above which a worker is ended, with everything that it started; by default 90 % of the memory."""
+    address: str = ""
+    """Where the cluster is (``--executor-address``); empty for this machine."""
+
+
 class Executor(Protocol):
     """Runs jobs; the driver behind the sink is the only one that writes records."""
+
+    def lacking(self, needs: Needs) -> str:
+        """Return why a job with these needs can never run, or an empty string."""
 
     def run(self, jobs: Sequence[Mapping[str, Any]], sink: Sink) -> None:
         """Run every job to its end and report every cell of it."""
@@ -60,51 +88,54 @@ class Executor(Protocol):
         """End every worker that still runs and free what the executor holds; called once, also after errors."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Running:
     job: Mapping[str, Any]
+    grant: Grant
+    sent_at: float
     pid: int = 0
     next_cell: int = 0
+    """The first cell that is not reported yet."""
+    current: int = 0
+    """The cell that the worker is at, as its events tell."""
     deadline: float = float("inf")
     limit: float = 0.0
     log_start: int = 0
     """Where the log of the cell that runs begins."""
-    released: bool = False
-    """True once its last cell is on disk: what is left is to leave, so that its cores are free."""
     verdict: tuple[str, str] | None = None
     """(status, reason) once the driver has decided to end it."""
     terminated_at: float | None = None
 
 
 class LocalExecutor:
-    """A fork server on this machine, with as many workers as their threads fit on its cores."""
+    """A fork server on this machine, with as many workers as their needs fit on it."""
 
-    def __init__(self, *, cores: int, preload: Iterable[str], memory_limit: int | None = None) -> None:
-        """
-        Args:
-            cores: CPU cores to fill.
-            preload: modules that the server imports before it forks.
-            memory_limit: resident bytes above which a worker is ended; by default 90 % of the machine's memory.
-        """
-        self.cores = cores
-        self.preload = list(preload)
-        self.memory_limit = memory_limit or int(psutil.virtual_memory().total * 0.9)
+    def __init__(self, options: ExecutorOptions) -> None:
+        self.options = options
+        memory = int(psutil.virtual_memory().total * 0.9)
+        self.memory_limit = options.memory_limit or memory
+        self.slots = Slots(options.cores, memory, visible_gpus())
         self._server: subprocess.Popen[bytes] | None = None
+        self._server_log: BinaryIO | None = None
+        self._server_end = "died"
+        self._ready = False
         self._buffer = b""
         self._running: dict[str, _Running] = {}
         self._oom_kills = _oom_kills()
         self._next_look = 0.0
+
+    def lacking(self, needs: Needs) -> str:
+        return self.slots.lacking(needs)
 
     def run(self, jobs: Sequence[Mapping[str, Any]], sink: Sink) -> None:
         waiting = deque(jobs)
         deaths = 0
         written: list[_Running] = []
         while waiting or self._running:
-            if self._server is None:
+            if self._server is None and waiting:
                 # A module that kills the server while it is imported must not do so again.
-                self._start_server(self.preload if deaths == 0 else [])
-            while waiting and self._fits(waiting[0]):
-                self._send(waiting.popleft())
+                self._start_server(self.options.preload if deaths == 0 else [])
+            self._send_what_fits(waiting, sink)
             # Records are written while the next worker starts.
             for running in written:
                 self._collect(running, sink)
@@ -115,7 +146,7 @@ class LocalExecutor:
                     self._requeue(waiting, sink, give_up=deaths >= _MAX_DEATHS)
                 else:
                     self._handle(event, waiting, sink, written)
-            self._watch()
+            self._watch(waiting, sink)
 
     # Processes
 
@@ -124,21 +155,28 @@ class LocalExecutor:
         # cuBLAS is deterministic only with a fixed workspace, chosen before the library is loaded.
         environment.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         self._buffer = b""
+        self._ready = False
+        self._server_log = tempfile.TemporaryFile()  # noqa: SIM115 (it lives as long as the server)
         self._server = subprocess.Popen(
             [sys.executable, "-m", "methodbench.engine.forkserver", *preload],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=self._server_log,
             env=environment,
             start_new_session=True,
         )
 
-    def _send(self, job: Mapping[str, Any]) -> None:
+    def _send(self, job: Mapping[str, Any], grant: Grant) -> None:
         assert self._server is not None
         assert self._server.stdin is not None
         log = Path(job["log"])
         log_start = log.stat().st_size if log.exists() else 0
-        self._running[job["id"]] = _Running(job, next_cell=job["first"], log_start=log_start)
+        job = {**job, "environment": {**job.get("environment", {}), **self.slots.environment(grant)}}
+        if grant.gpus:
+            # The worker sees its own GPUs alone, and the one that was asked for is the first of them.
+            job["device"] = "cuda"
+        self._running[job["id"]] = _Running(job, grant, time.monotonic(), next_cell=job["first"])
+        self._running[job["id"]].log_start = log_start
         # A server that is gone shows as end of its output, and the job goes back to the queue then.
         with contextlib.suppress(BrokenPipeError):
             self._server.stdin.write(json.dumps({"do": "start", "job": job}).encode() + b"\n")
@@ -146,7 +184,8 @@ class LocalExecutor:
 
     def close(self) -> None:
         for running in self._running.values():
-            self._signal(running, signal.SIGKILL)
+            if running.pid:
+                send_signal(running.pid, signal.SIGKILL)
         self._running.clear()
         server, self._server = self._server, None
         if server is None:
@@ -156,53 +195,96 @@ class LocalExecutor:
         with contextlib.suppress(BrokenPipeError):
             server.stdin.close()
         try:
-            server.wait(timeout=_GRACE)
+            server.wait(timeout=GRACE)
         except subprocess.TimeoutExpired:
             server.kill()
             server.wait()
         server.stdout.close()
-
-    @staticmethod
-    def _signal(running: _Running, number: signal.Signals) -> None:
-        if running.pid:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(running.pid, number)
+        if self._server_log is not None:
+            self._server_log.close()
 
     # Scheduling
 
-    def _cores_of(self, job: Mapping[str, Any]) -> int:
+    def _needs(self, job: Mapping[str, Any]) -> Needs:
+        needs = Needs.of(job)
         # A job that was there when the server died has the machine to itself, so that it can take no other along.
-        return self.cores if "again" in job else min(job["threads"], self.cores)
+        return Needs(self.slots.cores, needs.memory, needs.gpus, needs.device) if "again" in job else needs
 
-    def _fits(self, job: Mapping[str, Any]) -> bool:
-        used = sum(self._cores_of(running.job) for running in self._running.values() if not running.released)
-        return used + self._cores_of(job) <= self.cores
+    def _send_what_fits(self, waiting: deque[Mapping[str, Any]], sink: Sink) -> None:
+        """Start the jobs that fit; what the first ones wait for is not taken by those behind them."""
+        blocked: set[str] = set()
+        started = []
+        for position, job in enumerate(islice(waiting, _WINDOW)):
+            needs = self._needs(job)
+            if lacking := self.slots.lacking(needs):
+                for index in range(job["first"], len(_cells(job))):
+                    sink.finished(job, index, CellOutcome("failed", lacking))
+                started.append(position)
+                continue
+            asks = {"cores"} | ({"memory"} if needs.memory else set()) | ({"gpus"} if needs.gpus else set())
+            if missing := self.slots.missing(needs):
+                blocked |= missing
+            elif not blocked & asks:
+                self._send(job, self.slots.take(needs))
+                started.append(position)
+            if "cores" in blocked:
+                break
+        for position in reversed(started):
+            del waiting[position]
 
     def _requeue(self, waiting: deque[Mapping[str, Any]], sink: Sink, *, give_up: bool) -> None:
         """After the server's death: cells that wrote a result count; the one that ran is tried once more."""
-        if self._server is not None:
-            self._server.wait()
-            self._server = None
+        log = self._end_server()
         for running in list(self._running.values()):
+            if running.pid:
+                # The kernel ends workers with their server, but not what they started.
+                send_signal(running.pid, signal.SIGKILL)
+            self.slots.give_back(running.grant)
             self._collect(running, sink)
             again = {**running.job, "first": running.next_cell, "again": True}
             stuck = "again" in running.job and running.job["first"] == running.next_cell
-            if give_up or stuck:
-                reason = "the fork server died while this cell ran"
+            if running.verdict:
+                self._give_up_cell(running, waiting, sink, *running.verdict)
+            elif give_up or stuck:
+                reason = f"the fork server {self._server_end} while this cell ran"
                 self._give_up_cell(running, waiting, sink, "failed", reason)
             elif running.next_cell < len(_cells(again)):
                 waiting.appendleft(again)
         self._running.clear()
         if give_up:
+            reason = f"the fork server {self._server_end} repeatedly"
             for job in waiting:
                 for index in range(job["first"], len(_cells(job))):
-                    sink.finished(job, index, CellOutcome("failed", "the fork server died repeatedly"))
+                    sink.finished(job, index, CellOutcome("failed", reason, {}, log))
             waiting.clear()
+
+    def _end_server(self) -> str:
+        """Reap the server that died; return what it said last."""
+        server, self._server = self._server, None
+        if server is not None:
+            assert server.stdin is not None
+            assert server.stdout is not None
+            status = server.wait()
+            if status == -signal.SIGALRM:
+                self._server_end = "took too long to import what it preloads"
+            elif status < 0:
+                self._server_end = f"died ({_signal_name(-status)})"
+            server.stdout.close()
+            # What it had not read is flushed here, to nobody.
+            with contextlib.suppress(BrokenPipeError):
+                server.stdin.close()
+        if self._server_log is None:
+            return ""
+        self._server_log.seek(0)
+        text = self._server_log.read()[-_LOG_TAIL:].decode("utf-8", "replace")
+        self._server_log.close()
+        return text
 
     # Events
 
     def _events(self, timeout: float) -> list[dict[str, Any]]:
-        assert self._server is not None
+        if self._server is None:
+            return []
         assert self._server.stdout is not None
         readable, _, _ = select.select([self._server.stdout], [], [], timeout)
         if not readable:
@@ -220,29 +302,48 @@ class LocalExecutor:
         sink: Sink,
         written: list[_Running],
     ) -> None:
-        running = self._running.get(event.get("job", ""))
-        if running is None:
+        if event["event"] == "ready":
+            self._ready = True
+            for running in self._running.values():
+                running.sent_at = time.monotonic()
             return
+        found = self._running.get(event.get("job", ""))
+        if found is not None:
+            self._handle_worker(found, event, waiting, sink, written)
+
+    def _handle_worker(
+        self,
+        running: _Running,
+        event: Mapping[str, Any],
+        waiting: deque[Mapping[str, Any]],
+        sink: Sink,
+        written: list[_Running],
+    ) -> None:
         match event["event"]:
             case "started":
                 running.pid = event["pid"]
                 self._arm(running, running.next_cell)
                 sink.started(running.job)
             case "phase":
-                sink.phase(running.job, event["phase"])
+                sink.phase(running.job, running.current, event["phase"])
             case "cell":
-                written.append(running)
-                running.released = event["index"] + 1 == len(_cells(running.job))
+                if running not in written:
+                    written.append(running)
+                if event["index"] + 1 == len(_cells(running.job)) and not running.grant.gpus:
+                    # Its last cell is on disk: what is left is to leave. A GPU is free only when the process is gone.
+                    self.slots.give_back(running.grant)
                 self._arm(running, event["index"] + 1)
             case "exit":
                 del self._running[running.job["id"]]
+                self.slots.give_back(running.grant)
                 self._collect(running, sink)
                 status, reason = running.verdict or _explain_exit(event["status"], self._oom_kills)
                 self._give_up_cell(running, waiting, sink, status, reason)
 
     def _arm(self, running: _Running, cell: int) -> None:
         cells = _cells(running.job)
-        running.limit = cells[cell]["timeout"] if cell < len(cells) else _GRACE
+        running.current = min(cell, len(cells) - 1)
+        running.limit = cells[cell]["timeout"] if cell < len(cells) else GRACE
         running.deadline = time.monotonic() + running.limit
 
     def _collect(self, running: _Running, sink: Sink) -> None:
@@ -273,38 +374,57 @@ class LocalExecutor:
         if index + 1 < count:
             waiting.appendleft({**running.job, "first": index + 1})
 
-    def _watch(self) -> None:
-        """End workers that are over their time or memory: SIGTERM, then SIGKILL, to the whole process group."""
+    def _watch(self, waiting: deque[Mapping[str, Any]], sink: Sink) -> None:
+        """End workers that are over their time or memory: SIGTERM, then SIGKILL, to all that they started."""
         now = time.monotonic()
         if now < self._next_look:
             return
         self._next_look = now + _LOOK_SECONDS
-        for running in self._running.values():
+        for running in list(self._running.values()):
             if running.terminated_at is not None:
-                if now - running.terminated_at > _GRACE:
-                    self._signal(running, signal.SIGKILL)
+                self._insist(running, now - running.terminated_at, waiting, sink)
                 continue
             if not running.pid:
+                if self._ready and now - running.sent_at > _START_SECONDS:
+                    self._kill_server()
                 continue
             if now > running.deadline:
                 running.verdict = ("timeout", f"took more than {running.limit:g} s")
-            elif (resident := _resident(running.pid)) > self.memory_limit:
+            elif (resident := resident_bytes(running.pid, self.memory_limit)) > self.memory_limit:
                 used, limit = resident / 2**30, self.memory_limit / 2**30
                 running.verdict = ("oom", f"held {used:.1f} GiB, more than the limit of {limit:.1f} GiB")
             if running.verdict:
                 running.terminated_at = now
-                self._signal(running, signal.SIGTERM)
+                send_signal(running.pid, signal.SIGTERM)
+
+    def _insist(
+        self, running: _Running, seconds: float, waiting: deque[Mapping[str, Any]], sink: Sink
+    ) -> None:
+        """Follow up a worker that was told to end ``seconds`` ago."""
+        if seconds > GRACE:
+            send_signal(running.pid, signal.SIGKILL)
+        if seconds < GRACE + STUCK_SECONDS:
+            return
+        if not is_alive(running.pid):
+            # It is gone, and the server does not say so: the server is the one that hangs.
+            self._kill_server()
+            return
+        # Not even SIGKILL ends a process that waits inside the kernel. The run goes on without what it holds.
+        del self._running[running.job["id"]]
+        self.slots.give_back(running.grant, stuck=True)
+        self._collect(running, sink)
+        status, reason = running.verdict or ("timeout", "")
+        reason = f"{reason}; its process {running.pid} is stuck and could not be killed"
+        self._give_up_cell(running, waiting, sink, status, reason)
+
+    def _kill_server(self) -> None:
+        """End a server that does not answer; its death is handled like any other."""
+        if self._server is not None:
+            self._server.kill()
 
 
 def _cells(job: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
     return job["cells"]
-
-
-def _resident(pid: int) -> int:
-    try:
-        return int(psutil.Process(pid).memory_info().rss)
-    except psutil.Error:
-        return 0
 
 
 def _explain_exit(status: int, oom_kills_before: int) -> tuple[str, str]:
@@ -312,7 +432,15 @@ def _explain_exit(status: int, oom_kills_before: int) -> tuple[str, str]:
         return "failed", f"the worker left with exit code {status} before it had a result"
     if -status == signal.SIGKILL and _oom_kills() > oom_kills_before:
         return "oom", "killed by the kernel because memory ran out"
-    return "failed", f"killed by {signal.Signals(-status).name}"
+    return "failed", f"killed by {_signal_name(-status)}"
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        # Real-time signals have numbers alone.
+        return f"signal {number}"
 
 
 def _oom_kills() -> int:

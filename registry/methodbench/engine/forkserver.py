@@ -5,6 +5,9 @@ stays fork-safe: it imports, but runs no parallel operator and never touches an 
 process whose OpenMP pool has run can hang, and a CUDA context does not survive a fork. When the driver goes away
 (end of input), it kills its workers and leaves; when it is killed itself, the kernel takes its workers along.
 
+A worker is the subreaper of what it starts, and the server is that of its workers: whatever a worker leaves behind,
+in whichever session, becomes a child of the server when the worker ends, and is killed then.
+
 Commands: ``{"do": "start", "job": {...}}``. Events: ``ready``; ``started`` with ``pid``; ``cell`` and ``phase`` from
 workers; ``exit`` with ``status`` as ``os.waitstatus_to_exitcode`` gives it.
 """
@@ -25,6 +28,11 @@ from collections.abc import Mapping
 from typing import Any
 
 _PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+#: Seconds for the modules that are imported before the first fork; then SIGALRM ends the server.
+_PRELOAD_SECONDS = 300
+#: The kernel that runs out of memory takes a worker before anything else of the user's.
+_OOM_SCORE = "800"
 
 
 def _emit(fd: int, event: Mapping[str, Any]) -> None:
@@ -35,7 +43,7 @@ def _emit(fd: int, event: Mapping[str, Any]) -> None:
     )
 
 
-def _child(job: Mapping[str, Any], events: int) -> None:
+def _child(job: Mapping[str, Any], events: int, server: int) -> None:
     """Become the worker: a process group of its own, output to the job's log, death with the server."""
     os.setsid()
     signal.set_wakeup_fd(-1)
@@ -43,6 +51,12 @@ def _child(job: Mapping[str, Any], events: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != server:
+            # It died before the kernel was asked to tell.
+            os._exit(1)
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
+        with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as score:
+            score.write(_OOM_SCORE)
     log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
@@ -50,6 +64,7 @@ def _child(job: Mapping[str, Any], events: int) -> None:
     os.dup2(log, 2)
     # For libraries that are loaded from here on; those that are there already are told by the worker.
     os.environ["OMP_NUM_THREADS"] = str(job["threads"])
+    os.environ.update(job["environment"])
     from methodbench.engine.worker import execute
 
     execute(job, lambda event: _emit(events, {"job": job["id"], **event}))
@@ -64,9 +79,13 @@ def main(preload: list[str]) -> None:
     events = os.dup(1)
     os.dup2(2, 1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    signal.alarm(_PRELOAD_SECONDS)
     for module in preload:
         with contextlib.suppress(Exception):
             importlib.import_module(module)
+    signal.alarm(0)
     # Objects made so far are moved out of the collector's sight, so that children do not copy their pages.
     gc.collect()
     gc.freeze()
@@ -96,11 +115,12 @@ def main(preload: list[str]) -> None:
 
 
 def _start(job: Mapping[str, Any], workers: dict[int, str], events: int) -> None:
+    server = os.getpid()
     pid = os.fork()
     if pid == 0:
         code = 1
         try:
-            _child(job, events)
+            _child(job, events, server)
             code = 0
         except BaseException:
             traceback.print_exc()
@@ -113,7 +133,7 @@ def _start(job: Mapping[str, Any], workers: dict[int, str], events: int) -> None
 
 
 def _reap(workers: dict[int, str], events: int) -> None:
-    while workers:
+    while True:
         try:
             pid, status = os.waitpid(-1, os.WNOHANG)
         except ChildProcessError:
@@ -121,11 +141,25 @@ def _reap(workers: dict[int, str], events: int) -> None:
         if pid == 0:
             return
         job = workers.pop(pid, None)
+        # Whatever the worker started and left behind ends with it.
         if job is not None:
-            # Whatever the worker started and left behind ends with it.
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(pid, signal.SIGKILL)
+        for left in _children():
+            if left not in workers:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(left, signal.SIGKILL)
+        if job is not None:
             _emit(events, {"event": "exit", "job": job, "status": os.waitstatus_to_exitcode(status)})
+
+
+def _children() -> list[int]:
+    """Return the children of this process; none where the system does not tell."""
+    try:
+        with open(f"/proc/self/task/{os.getpid()}/children") as children:
+            return [int(pid) for pid in children.read().split()]
+    except OSError:
+        return []
 
 
 if __name__ == "__main__":

@@ -108,7 +108,11 @@ def _expand(comparison: Comparison, catalog: Catalog, plan: Plan) -> list[_Draft
                     names = (method.name, variant, model.name if model else "", task.name)
                     if comparison.excludes(*names):
                         continue
-                    reason = catalog.mismatch(method, model, task) or _unavailable(model, task)
+                    reason = (
+                        catalog.mismatch(method, model, task)
+                        or _unavailable(model, task)
+                        or _without_gpu(method, task, comparison.device)
+                    )
                     if reason:
                         plan.skips.append(Skip(*names, reason))
                     else:
@@ -124,6 +128,15 @@ def _unavailable(model: Model | None, task: Task) -> str:
                 sources.fetch(source)
             except SourceError as error:
                 return f"{error.message}. {error.hint}".strip()
+    return ""
+
+
+def _without_gpu(method: Method, task: Task, device: str) -> str:
+    """Return why a cell cannot run on the CPU, or an empty string."""
+    if device == "cpu":
+        for kind, entry in (("method", method), ("task", task)):
+            if entry.resources.gpus:
+                return f"{kind} {entry.name} needs a GPU, and the suite asks for the device cpu"
     return ""
 
 

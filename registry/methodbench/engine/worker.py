@@ -45,13 +45,19 @@ def execute(job: Mapping[str, Any], emit: Emit) -> None:
     """Run a job and write its results; failures of a cell are results too.
 
     Args:
-        job: what :func:`methodbench.engine.driver.job_data` made.
+        job: what the driver made of cells.
         emit: reports ``{"event": "cell", "index": i}`` and ``{"event": "phase", "phase": name}`` to the driver.
     """
     if "prepare" in job:
         _prepare_model(job, emit)
         return
-    _Bench(job, emit).run()
+    bench: _Bench | None = None
+    part = -1
+    for index in range(job["first"], len(job["cells"])):
+        if bench is None or part != job["cells"][index]["part"]:
+            part = job["cells"][index]["part"]
+            bench = _Bench({**job, **job["parts"][part]}, emit)
+        bench.run(index)
 
 
 def _settle(job: Mapping[str, Any]) -> None:
@@ -134,31 +140,31 @@ class _Bench:
         self.model: LoadedModel | None = None
         self.compressed: dict[str, _Compressed] = {}
 
-    def run(self) -> None:
-        cells = self.job["cells"]
-        for index in range(self.job["first"], len(cells)):
-            cell = cells[index]
-            started = time.time()
-            begin = time.perf_counter()
-            ctx = Context(
-                seed=self.job["seed"],
-                device=self.job["device"],
-                dtype=self.job["dtype"],
-                threads=self.job["threads"],
-                cache=Path(self.job["cache"]),
-            )
-            result = self._guarded(cell, ctx)
-            result["started"] = started
-            result["wall_seconds"] = time.perf_counter() - begin
-            result["phases"] = ctx.phases
-            result["warnings"] = ctx.warnings
-            result["numerics"] = numerics(self.job["device"])
-            result["peak_memory_bytes"] = peak_memory_bytes()
-            sys.stdout.flush()
-            # Where this cell's share of the job's log ends.
-            result["log_end"] = os.fstat(1).st_size
-            _write(self.job, index, result)
-            self.emit({"event": "cell", "index": index})
+    def run(self, index: int) -> None:
+        """Run one cell and write its result."""
+        cell = self.job["cells"][index]
+        started = time.time()
+        begin = time.perf_counter()
+        _forget_peak()
+        ctx = Context(
+            seed=self.job["seed"],
+            device=self.job["device"],
+            dtype=self.job["dtype"],
+            threads=self.job["threads"],
+            cache=Path(self.job["cache"]),
+        )
+        result = self._guarded(cell, ctx)
+        result["started"] = started
+        result["wall_seconds"] = time.perf_counter() - begin
+        result["phases"] = ctx.phases
+        result["warnings"] = ctx.warnings
+        result["numerics"] = numerics(self.job["device"])
+        result["peak_memory_bytes"] = peak_memory_bytes()
+        sys.stdout.flush()
+        # Where this cell's share of the job's log ends.
+        result["log_end"] = os.fstat(1).st_size
+        _write(self.job, index, result)
+        self.emit({"event": "cell", "index": index})
 
     def _guarded(self, cell: Mapping[str, Any], ctx: Context) -> dict[str, Any]:
         try:
@@ -327,8 +333,18 @@ def _outcome(evaluation: Evaluation, facts: dict[str, Any], described: Mapping[s
     }
 
 
+def _forget_peak() -> None:
+    """Let the peak of this process's memory start anew, where the system can, so that each cell has its own."""
+    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as switch:
+        switch.write("5")
+
+
 def peak_memory_bytes() -> int:
-    """Return the largest resident set of this process so far."""
+    """Return the largest resident set of this process since :func:`_forget_peak`, or since it began."""
+    with contextlib.suppress(OSError), open("/proc/self/status") as status:
+        for line in status:
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -30,9 +30,10 @@ class Misbehave:
 
     how: Literal[
         "raise", "hang", "hang-hard", "memory", "segfault", "kill", "exit", "diverge", "not-applicable", "orphan",
-        "hog", "kill-server", "nonsense", "surrogate",
+        "hog", "hog-family", "escape", "signal", "kill-server", "stop-server", "nonsense", "surrogate", "environment",
     ] = "raise"  # fmt: skip
     note: str = ""
+    number: int = 0
 
     def measure(self, model, data, ctx):
         match self.how:
@@ -62,6 +63,32 @@ class Misbehave:
                     time.sleep(600)
                 while not os.path.exists(self.note) or os.path.getsize(self.note) == 0:
                     time.sleep(0.01)
+            case "escape":
+                # A daemon: a session of its own, and no parent that lives.
+                if os.fork() == 0:
+                    os.setsid()
+                    if os.fork() == 0:
+                        with open(self.note, "w") as file:
+                            file.write(str(os.getpid()))
+                        time.sleep(600)
+                    os._exit(0)
+                while not os.path.exists(self.note) or os.path.getsize(self.note) == 0:
+                    time.sleep(0.01)
+            case "signal":
+                os.kill(os.getpid(), self.number)
+                time.sleep(600)
+            case "environment":
+                return {"value": float(os.environ.get("CUDA_VISIBLE_DEVICES", "-1"))}
+            case "hog-family":
+                # Three processes, none of which is over the limit alone.
+                for _ in range(3):
+                    if os.fork() == 0:
+                        break
+                block = bytearray(300 << 20)
+                block[::4096] = b"x" * len(block[::4096])
+                time.sleep(600)
+            case "stop-server":
+                os.kill(os.getppid(), signal.SIGSTOP)
             case "hog":
                 block = bytearray(1 << 30)
                 block[::4096] = b"x" * len(block[::4096])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from methodbench import hookimpl
-from methodbench.entries import Family, Method, Metric, Model, SuiteFile, Task
+from methodbench.entries import Family, Method, Metric, Model, Resources, SuiteFile, Task
 
 
 def _probe(name: str, attribute: str, **more: object) -> Method:
@@ -27,6 +27,8 @@ def methodbench_methods():
             name="scale", kind="compressor", family="toy", impl="toybench.methods:Scale", summary="Scales weights.",
             applies_to=("toy-net",), needs=("calibration",),
         ),
+        _probe("needs-gpus", "Noop", resources=Resources(gpus=2)),
+        _probe("needs-memory", "Noop", resources=Resources(memory=1e6)),
         Method(
             name="needs-extra", kind="probe", family="toy", impl="toybench.methods:Noop", summary="x", extra="absent"
         ),
