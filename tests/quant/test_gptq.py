@@ -260,7 +260,7 @@ def test_activations_that_are_not_finite_name_the_layer(tiny: Tiny, tokens: Cali
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"bits": 6}, "bits"),
+        ({"bits": 9}, "bits"),
         ({"group_size": 0}, "group_size"),
         ({"percdamp": 0}, "percdamp"),
         ({"blocksize": 0}, "blocksize"),

@@ -242,8 +242,9 @@ def test_reparameterizing_a_whole_model_keeps_its_logits(model: LoadedModel) -> 
 
 @both
 def test_every_layer_and_every_operand_of_attention_is_quantized(
-    compress: Compress, model: LoadedModel, data: Calibration
+    compress: Compress, model: LoadedModel, data: Calibration, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("methodbench_quant.vit.sites.WIDTHS", ())
     result = compress(model, data, w_bits=6, a_bits=5)
     dense = [name for name, m in model.module.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
     assert result.storage == "simulated"
@@ -274,7 +275,7 @@ def test_weights_are_packed_and_their_bits_measured(
 
 
 @both
-@pytest.mark.parametrize("w_bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("w_bits", [2, 3, 4, 6, 8])
 def test_packing_changes_nothing_but_the_storage(
     compress: Compress, w_bits: int, model: LoadedModel, data: Calibration, monkeypatch: pytest.MonkeyPatch
 ) -> None:

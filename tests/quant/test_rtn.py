@@ -169,7 +169,8 @@ def test_a_silent_input_channel_stays_silent(tiny: Tiny) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"bits": 5}, "bits"),
+        ({"bits": 9}, "bits"),
+        ({"bits": 1}, "bits"),
         ({"group_size": 0}, "group_size"),
         ({"group_size": -2}, "group_size"),
         ({"a_bits": 1}, "a_bits"),

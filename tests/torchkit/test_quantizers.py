@@ -9,12 +9,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from methodbench.errors import DivergedError, NotApplicableError
+from methodbench.torchkit.activations import ActivationQuantizer
 from methodbench.torchkit.quantizers import (
     CONVENTIONS,
-    ActivationQuantizer,
     Convention,
     Quantized,
+    UniformGrid,
     fake_quantize,
+    find_grid,
     find_grid_by_mse,
     groups_of,
     on_grid,
@@ -190,3 +192,62 @@ def test_half_precision_activations_stay_in_half_precision() -> None:
 def test_static_quantization_clamps_what_exceeds_the_calibrated_range() -> None:
     x = torch.tensor([-9.0, -1.0, 0.5, 1.0, 9.0])
     torch.testing.assert_close(quantize_static(x, 1.0, 8), torch.tensor([-1.0, -1.0, 64 / 127, 1.0, 1.0]))
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10**6), form=forms, bits=widths, group_size=st.sampled_from([-1, 2, 3]))
+def test_groups_along_the_output_are_those_of_the_transposed_weight(
+    seed: int, form: tuple[Convention, bool], bits: int, group_size: int
+) -> None:
+    weight = weight_of(seed)
+    options = {"bits": bits, "group_size": group_size, "convention": form[0], "symmetric": form[1]}
+    ours = quantize(weight, along="output", **options).dequantize()
+    assert torch.equal(ours, quantize(weight.T.contiguous(), **options).dequantize().T)
+
+
+def test_one_grid_for_the_tensor_is_that_of_its_extremes() -> None:
+    weight = weight_of(5)
+    q = quantize(weight, 4, along="tensor")
+    flat = quantize(weight.reshape(1, -1), 4)
+    assert torch.equal(q.dequantize(), flat.dequantize().view_as(weight))
+    with pytest.raises(ValueError, match="no group size"):
+        quantize(weight, 4, along="tensor", group_size=8)
+
+
+def test_an_axis_that_groups_do_not_divide_says_which() -> None:
+    with pytest.raises(NotApplicableError, match="fc1 has 30 output rows"):
+        quantize(torch.ones(30, 4), 4, group_size=16, along="output", name="fc1")
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10**6), form=forms, bits=widths)
+def test_passing_through_gives_the_snapped_values_and_the_gradient_of_the_identity(
+    seed: int, form: tuple[Convention, bool], bits: int
+) -> None:
+    x = weight_of(seed).requires_grad_()
+    grid = find_grid(x.detach(), bits, form[0], symmetric=form[1])
+    out = grid.pass_through(x)
+    torch.testing.assert_close(out.detach(), grid.snap(x.detach()))
+    out.sum().backward()
+    steps = x.detach() / grid.scale + (0 if grid.zero is None else grid.zero)
+    # Half a step beyond the last code a value still rounds to it.
+    inside = (steps.round() >= grid.low) & (steps.round() <= grid.high)
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, inside.float())
+
+
+def test_the_scale_learns_from_rounding_and_from_clamping() -> None:
+    scale = torch.tensor([1.0], requires_grad=True)
+    x = torch.tensor([0.3, 2.6, 100.0])
+    UniformGrid(scale, None, -8, 7).pass_through(x).sum().backward()
+    assert scale.grad is not None
+    torch.testing.assert_close(scale.grad, torch.tensor([(0 - 0.3) + (3 - 2.6) + 7]))
+
+
+def test_clipping_factors_learn_through_the_grid() -> None:
+    weight = weight_of(7)[3:]
+    factor = torch.full((3, 1), 0.9, requires_grad=True)
+    grid = find_grid(weight, 4, "omni", clip=(factor, factor))
+    (grid.pass_through(weight) - weight).square().sum().backward()
+    assert factor.grad is not None
+    assert bool((factor.grad != 0).all())

@@ -14,24 +14,53 @@ and maps values to integer codes on it and back. Four conventions are in use; wi
              ``z = round(-mn / s)`` not limited to the grid (OmniQuant)
 ============ ==========================================================================================
 
-A grid of another shape is another class with the ``encode``, ``decode`` and ``snap`` of :class:`UniformGrid`;
-whatever snaps weights column by column or packs codes needs nothing else.
+Grids of another shape have the same four methods (:class:`Grid`): floating point in
+:mod:`methodbench.torchkit.floats`, powers of two in :mod:`methodbench.torchkit.logarithmic`. Whatever snaps
+weights column by column, trains through a quantizer or packs codes needs nothing else.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from methodbench.errors import DivergedError, NotApplicableError
 
 Convention = Literal["awq_asym", "gptq", "absmax", "omni"]
 Granularity = Literal["token", "tensor"]
+#: What a group of weights runs along: the input columns of one row, the output rows of one column, or both.
+Along = Literal["input", "output", "tensor"]
 Factor = Tensor | float
+
+
+class Grid(Protocol):
+    """Levels that values are rounded to, each with an integer code."""
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Return the codes of ``x``, integer values in ``x``'s floating dtype."""
+        ...
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Return the levels of ``codes``."""
+        ...
+
+    def snap(self, x: Tensor) -> Tensor:
+        """Return the level of every entry of ``x``."""
+        ...
+
+    def pass_through(self, x: Tensor) -> Tensor:
+        """Return :meth:`snap` of ``x`` with the gradient of the identity inside the grid's range."""
+        ...
+
+
+def round_ste(x: Tensor) -> Tensor:
+    """Return ``x`` rounded half to even, with the gradient of the identity (straight-through estimator)."""
+    return x + (x.round() - x).detach()
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +96,18 @@ class UniformGrid:
             codes.sub_(self.zero)
         return codes.mul_(self.scale)
 
+    def pass_through(self, x: Tensor) -> Tensor:
+        """Return :meth:`snap` of ``x`` [..., n] with straight-through gradients.
+
+        ``x`` receives the gradient where its code is not clamped. ``scale`` receives that of
+        ``(code - zero) * scale`` with rounding taken as the identity, as in LSQ (arXiv 1902.08153), and
+        ``zero``, where it is learned, the part of the clamped entries.
+        """
+        steps = round_ste(x / self.scale)
+        if self.zero is None:
+            return steps.clamp(self.low, self.high) * self.scale
+        return ((steps + self.zero).clamp(self.low, self.high) - self.zero) * self.scale
+
 
 @dataclass(frozen=True, slots=True)
 class Quantized:
@@ -74,10 +115,12 @@ class Quantized:
 
     Attributes:
         codes: int16 [rows, columns], from ``low`` to ``high``.
-        scale: [rows, groups], floating.
-        zero: [rows, groups], integer values in the dtype of ``scale``; None for a symmetric grid.
+        scale: [rows, groups], floating; [1, 1] where the whole matrix shares one.
+        zero: of the shape of ``scale``, integer values in its dtype; None for a symmetric grid.
         low: smallest code: 0, or negative for a symmetric grid.
         bits: bits per code; ``high`` is ``low + 2**bits - 1``.
+        transposed: whether ``codes`` are those of the transposed weight, so that groups run along its
+            outputs.
     """
 
     codes: Tensor
@@ -85,18 +128,20 @@ class Quantized:
     zero: Tensor | None
     low: int
     bits: int
+    transposed: bool = False
 
     @property
     def group_size(self) -> int:
-        """Columns that share a scale."""
+        """Columns of ``codes`` that share a scale."""
         return self.codes.shape[1] // self.scale.shape[1]
 
     def dequantize(self) -> Tensor:
-        """Return the values [rows, columns] in the dtype of ``scale``."""
+        """Return the weight in the dtype of ``scale``: [rows, columns], [columns, rows] if transposed."""
         codes = self.codes.unflatten(1, (self.scale.shape[1], -1)).to(self.scale.dtype)
         zero = None if self.zero is None else self.zero.unsqueeze(-1)
         grid = UniformGrid(self.scale.unsqueeze(-1), zero, self.low, self.low + 2**self.bits - 1)
-        return grid.decode(codes).flatten(1)
+        values = grid.decode(codes).flatten(1)
+        return values.T.contiguous() if self.transposed else values
 
 
 class FindGrid(Protocol):
@@ -174,7 +219,7 @@ def find_grid(
 
     Args:
         x: floating [..., n]; a group is the last axis.
-        bits: 2 to 8 for weights; up to 16 for activations.
+        bits: 2 to 16.
         convention: a key of :data:`CONVENTIONS`.
         symmetric: zero maps to code 0 and no zero point is kept.
         clip: factors on the minimum and on the maximum (OmniQuant's learnable clipping, after the sigmoid).
@@ -186,7 +231,7 @@ def find_grid(
         ValueError: ``absmax`` without ``symmetric``.
     """
     low, high = torch.aminmax(x, dim=-1, keepdim=True)
-    if clip != (1.0, 1.0):
+    if isinstance(clip[0], Tensor) or isinstance(clip[1], Tensor) or clip != (1.0, 1.0):
         low, high = low * clip[0], high * clip[1]
     return CONVENTIONS[convention](low, high, bits, symmetric)
 
@@ -227,8 +272,12 @@ def find_grid_by_mse(
     return UniformGrid(scale, zero, grid.low, grid.high)
 
 
-def groups_of(x: Tensor, group_size: int, name: str = "the weight") -> Tensor:
+def groups_of(
+    x: Tensor, group_size: int, name: str = "the weight", along: Literal["input", "output"] = "input"
+) -> Tensor:
     """Return ``x`` [rows, columns] as a view [rows, groups, group_size]; -1 makes a row one group.
+
+    ``along`` says for error messages what the columns of ``x`` are.
 
     Raises:
         NotApplicableError: the width is no multiple of ``group_size``; names ``name``, width and group.
@@ -237,10 +286,21 @@ def groups_of(x: Tensor, group_size: int, name: str = "the weight") -> Tensor:
     size = width if group_size == -1 else group_size
     if width % size:
         raise NotApplicableError(
-            f"{name} has {width} input columns, which is no multiple of the group size {size}",
-            "Choose a group size that divides every layer's width, or -1 for one group per output channel.",
+            f"{name} has {width} {'input columns' if along == 'input' else 'output rows'}, "
+            f"which is no multiple of the group size {size}",
+            "Choose a group size that divides every layer's width, or -1 for one group along the whole axis.",
         )
     return x.unflatten(-1, (width // size, size))
+
+
+def require_finite(x: Tensor, name: str = "the weight") -> None:
+    """Check that ``x`` holds numbers only.
+
+    Raises:
+        DivergedError: it holds NaN or infinity; names ``name``.
+    """
+    if not bool(torch.isfinite(x.sum(dtype=torch.float64))):
+        raise DivergedError(f"{name} holds NaN or infinity and cannot be quantized")
 
 
 def on_grid(x: Tensor, grid: UniformGrid, bits: int, name: str = "the weight") -> Quantized:
@@ -249,8 +309,7 @@ def on_grid(x: Tensor, grid: UniformGrid, bits: int, name: str = "the weight") -
     Raises:
         DivergedError: the grid is not finite, because ``x`` holds NaN or infinity.
     """
-    if not bool(torch.isfinite(grid.scale).all()):
-        raise DivergedError(f"{name} holds NaN or infinity and cannot be quantized")
+    require_finite(grid.scale, name)
     zero = None if grid.zero is None else grid.zero.squeeze(-1)
     codes = grid.encode(x).to(torch.int16).flatten(1)
     return Quantized(codes, grid.scale.squeeze(-1), zero, grid.low, bits)
@@ -264,25 +323,34 @@ def quantize(
     convention: Convention = "awq_asym",
     symmetric: bool = False,
     clip: tuple[Factor, Factor] = (1.0, 1.0),
+    along: Along = "input",
     name: str = "the weight",
 ) -> Quantized:
     """Round ``weight`` to the nearest level of every group's grid.
 
     Args:
         weight: floating [out, in].
-        group_size: input columns that share a grid; -1 for one grid per output channel.
-        clip: see :func:`find_grid`; tensors broadcast against [out, groups, 1].
+        group_size: entries that share a grid; -1 for all along the axis (with ``along="input"`` one grid per
+            output channel).
+        clip: see :func:`find_grid`; tensors broadcast against [rows, groups, 1].
+        along: ``input`` for groups of consecutive columns of a row, ``output`` for groups of consecutive rows
+            of a column, ``tensor`` for one grid in all, which leaves no choice of ``group_size``.
         name: the layer, for error messages.
 
     Raises:
-        NotApplicableError: ``in`` is no multiple of ``group_size``.
+        NotApplicableError: the axis is no multiple of ``group_size``.
         DivergedError: ``weight`` holds NaN or infinity.
+        ValueError: ``along="tensor"`` with a ``group_size``.
     """
-    grouped = groups_of(weight, group_size, name)
-    if not bool(torch.isfinite(grouped.sum(dtype=torch.float64))):
-        raise DivergedError(f"{name} holds NaN or infinity and cannot be quantized")
-    grid = find_grid(grouped, bits, convention, symmetric=symmetric, clip=clip)
-    return on_grid(grouped, grid, bits, name)
+    require_finite(weight, name)
+    if along == "tensor":
+        if group_size != -1:
+            raise ValueError("one grid for the whole tensor leaves no group size to choose")
+        grouped, found = weight.unsqueeze(1), weight.reshape(1, 1, -1)
+    else:
+        grouped = found = groups_of(weight if along == "input" else weight.T, group_size, name, along)
+    grid = find_grid(found, bits, convention, symmetric=symmetric, clip=clip)
+    return dataclasses.replace(on_grid(grouped, grid, bits, name), transposed=along == "output")
 
 
 def fake_quantize(
@@ -290,58 +358,42 @@ def fake_quantize(
     bits: int,
     *,
     granularity: Granularity = "token",
+    group_size: int = -1,
     convention: Convention = "absmax",
     symmetric: bool = True,
+    clip: tuple[Factor, Factor] = (1.0, 1.0),
 ) -> Tensor:
     """Return ``x`` rounded to a grid found from ``x`` itself: dynamic activation quantization.
 
     Args:
         x: floating [..., features].
         granularity: ``token`` for one grid per vector along the last axis, ``tensor`` for one grid in all.
+        group_size: features of a token that share a grid; -1 for all of them.
+        clip: see :func:`find_grid`.
 
     Returns:
         A tensor of ``x``'s shape and dtype.
+
+    Raises:
+        NotApplicableError: the features are no multiple of ``group_size``.
     """
-    flat = x.reshape(1, -1) if granularity == "tensor" else x
-    return find_grid(flat, bits, convention, symmetric=symmetric).snap(flat).view_as(x)
+    if granularity == "tensor":
+        grouped = x.reshape(1, -1)
+    else:
+        grouped = x if group_size == -1 else groups_of(x, group_size, "the activation")
+    return find_grid(grouped, bits, convention, symmetric=symmetric, clip=clip).snap(grouped).view_as(x)
+
+
+def static_grid(absmax: Tensor | float, bits: int) -> UniformGrid:
+    """Return the symmetric grid that a calibrated ``absmax`` fixes, of ``2^b - 1`` levels.
+
+    Codes run from ``-(2^(b-1) - 1)`` to ``2^(b-1) - 1`` (DGQ's static activation quantizer). ``absmax`` is a
+    number, [] or anything that broadcasts against the values.
+    """
+    top = 2 ** (bits - 1) - 1
+    return UniformGrid(torch.as_tensor(absmax) / top, None, -top, top)
 
 
 def quantize_static(x: Tensor, absmax: Tensor | float, bits: int) -> Tensor:
-    """Return ``x`` on the symmetric grid that a calibrated ``absmax`` fixes, clamped to it, in ``x``'s dtype.
-
-    Codes run from ``-(2^(b-1) - 1)`` to ``2^(b-1) - 1`` (DGQ's static activation quantizer).
-    """
-    top = 2 ** (bits - 1) - 1
-    scale = torch.as_tensor(absmax, dtype=x.dtype, device=x.device) / top
-    return UniformGrid(scale, None, -top, top).snap(x)
-
-
-class ActivationQuantizer(nn.Module):
-    """Rounds the input of a layer at run time; holds no tensors."""
-
-    def __init__(
-        self,
-        bits: int,
-        *,
-        granularity: Granularity = "token",
-        convention: Convention = "absmax",
-        symmetric: bool = True,
-    ) -> None:
-        super().__init__()
-        self.bits = bits
-        self.granularity: Granularity = granularity
-        self.convention: Convention = convention
-        self.symmetric = symmetric
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return :func:`fake_quantize` of ``x`` [..., features]."""
-        return fake_quantize(
-            x,
-            self.bits,
-            granularity=self.granularity,
-            convention=self.convention,
-            symmetric=self.symmetric,
-        )
-
-    def extra_repr(self) -> str:
-        return f"bits={self.bits}, granularity={self.granularity}, convention={self.convention}"
+    """Return ``x`` on the grid :func:`static_grid`, clamped to it, in ``x``'s dtype."""
+    return static_grid(torch.as_tensor(absmax, dtype=x.dtype, device=x.device), bits).snap(x)

@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Self, TypeVar
 
 import torch
 from pydantic import Field, model_validator
@@ -35,7 +35,7 @@ from methodbench.torchkit.model import Calibration, LoadedModel, set_submodule, 
 from methodbench.torchkit.quantizers import find_grid, groups_of, quantize
 from methodbench.torchkit.sequential import Observer, walk
 from methodbench_quant.llm.layers import finished, open_copy, replace_linear, weight_of
-from methodbench_quant.llm.rtn import check_group_size
+from methodbench_quant.llm.settings import ActivationSettings, Bits, GroupSize, check_group_size
 
 T = TypeVar("T")
 
@@ -47,14 +47,12 @@ _LEAST_SCALE = 1e-4
 
 
 @hyperparameters
-class AWQ:
+class AWQ(ActivationSettings):
     """Scales, clips and rounds the weights of every Linear in the blocks; embeddings and head stay as they
     are."""
 
-    bits: Annotated[Literal[2, 3, 4, 8], Field(description="weight bits")] = 4
-    group_size: Annotated[
-        int, Field(ge=-1, description="input columns that share a scale; -1 for one per output channel")
-    ] = 128
+    bits: Bits = 4
+    group_size: GroupSize = 128
     auto_scale: Annotated[bool, Field(description="search a scale per input channel")] = True
     n_grid: Annotated[int, Field(ge=1, le=1000, description="exponents tried in the scale search")] = 20
     search_tokens: Annotated[
@@ -113,7 +111,7 @@ class AWQ:
             ctx.warn(
                 f"no calibration token reached {len(unseen)} layers (first: {unseen[0]}): not calibrated"
             )
-        return finished(model, {"ratios": ratios})
+        return finished(model, {"ratios": ratios, **self.quantize_activations(model)})
 
     def search_scales(self, block: nn.Module, recorder: Recorder) -> dict[ScaleGroup, ScaleSearch]:
         """Return the best scale of every set of Linears of ``block``, all found with its original weights."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated, Literal, Self
+from typing import Annotated, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -35,7 +35,7 @@ from methodbench.torchkit.quantizers import (
 )
 from methodbench.torchkit.sequential import BlockStep, Observer, walk
 from methodbench_quant.llm.layers import finished, open_copy, replace_linear, weight_of
-from methodbench_quant.llm.rtn import check_group_size
+from methodbench_quant.llm.settings import ActivationSettings, Bits, GroupSize, check_group_size
 
 #: Calibration tokens per input column below which the Hessian follows the calibration text too closely.
 TOKENS_PER_COLUMN = 4
@@ -45,13 +45,11 @@ _PANEL = 32
 
 
 @hyperparameters
-class GPTQ:
+class GPTQ(ActivationSettings):
     """Rounds the weights of every Linear in the blocks with error feedback; the rest stays as it is."""
 
-    bits: Annotated[Literal[2, 3, 4, 8], Field(description="weight bits")] = 4
-    group_size: Annotated[
-        int, Field(ge=-1, description="input columns that share a scale; -1 for one per output channel")
-    ] = -1
+    bits: Bits = 4
+    group_size: GroupSize = -1
     symmetric: Annotated[bool, Field(description="grid without zero point")] = False
     mse: Annotated[bool, Field(description="search the clipping of every grid")] = False
     percdamp: Annotated[
@@ -94,7 +92,7 @@ class GPTQ:
                     for shared, hessian in hessians:
                         self._quantize(step, shared, hessian, report)
         report.tell(ctx)
-        return finished(model, {"loss": report.loss})
+        return finished(model, {"loss": report.loss, **self.quantize_activations(model)})
 
     def _quantize(self, step: BlockStep, names: list[str], hessian: Hessian, report: _Report) -> None:
         """Quantize the Linears that share one input as one matrix: their rows do not depend on each other."""

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from methodbench.errors import NotApplicableError
 from methodbench.torchkit.adapters import unfuse_experts
 from methodbench.torchkit.model import LoadedModel, set_submodule
-from methodbench.torchkit.packed import PackedLinear, dense_linear, pack_linear
-from methodbench.torchkit.quantizers import Quantized
+from methodbench.torchkit.packed import PackedLayer, dense_linear, pack_linear
 from methodbench.torchkit.size import bits_per_weight
 
 
@@ -36,10 +35,11 @@ def weight_of(layer: nn.Module) -> Tensor:
     return layer.weight.detach().float()
 
 
-def replace_linear(block: nn.Module, name: str, quantized: Quantized, **options: Any) -> PackedLinear:
+def replace_linear(block: nn.Module, name: str, quantized: Any, **options: Any) -> PackedLayer:
     """Put the packed form of ``quantized`` in the place of the Linear called ``name`` in ``block``.
 
     Args:
+        quantized: a weight of a type that a packed layer stores.
         options: passed to :func:`methodbench.torchkit.packed.pack_linear`.
     """
     packed = pack_linear(dense_linear(block.get_submodule(name), name), quantized, **options)

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from methodbench.context import Context
 from methodbench.errors import DivergedError, NotApplicableError
 from methodbench.torchkit.model import Calibration, LoadedModel, set_submodule, set_weight
-from methodbench.torchkit.packed import WIDTHS, PackedLinear, dense_linear, pack_linear
+from methodbench.torchkit.packed import WIDTHS, PackedLayer, PackedLinear, dense_linear, pack_linear
 from methodbench.torchkit.quantizers import Quantized, UniformGrid
 from methodbench.torchkit.size import bits_per_weight
 from methodbench.torchkit.vit_attention import use_explicit_attention
@@ -257,6 +257,7 @@ class Draft:
         if zero is not None and bool((zero.abs() >= 2**15).any()):
             raise DivergedError(f"{name} has an almost constant row, whose zero point needs over 16 bits")
         packed: nn.Module
+        kernels: PackedLayer
         if isinstance(layer, SimulatedConv2d):
             kernels = PackedLinear.from_quantized(quantized, dtype=layer.weight.dtype)
             packed = PackedConv2d(layer, kernels, layer.input_quantizer).train(layer.training)
