@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from methodbench.torchkit.quantizers import Granularity, groups_of, require_finite
+from methodbench.torchkit.quantizers import Granularity, clamp_ste, groups_of, require_finite
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +122,7 @@ class FloatGrid:
 
     def pass_through(self, x: Tensor) -> Tensor:
         """Return :meth:`snap` of ``x`` with straight-through gradients for ``x`` and ``scale``."""
-        y = torch.clamp(x / self.scale, -self.format.top, self.format.top)
+        y = clamp_ste(x / self.scale, -self.format.top, self.format.top)
         with torch.no_grad():
             levels = self._levels_of(x)
         return (y + (levels - y).detach()) * self.scale

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from methodbench.torchkit.quantizers import round_ste
+from methodbench.torchkit.quantizers import clamp_ste, round_ste
 
 
 def power_of_two(x: Tensor) -> Tensor:
@@ -64,5 +64,5 @@ class Log2Grid:
 
     def pass_through(self, x: Tensor) -> Tensor:
         """Return :meth:`snap` of ``x`` with the gradient of the identity from zero to the largest level."""
-        y = torch.minimum(x.clamp(min=0), self.scale)
+        y = clamp_ste(x / self.scale, 0.0, 1.0) * self.scale
         return y + (self.snap(x) - y).detach()

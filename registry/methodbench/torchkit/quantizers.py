@@ -63,6 +63,14 @@ def round_ste(x: Tensor) -> Tensor:
     return x + (x.round() - x).detach()
 
 
+def clamp_ste(x: Tensor, low: float, high: float) -> Tensor:
+    """Return ``x`` limited to ``[low, high]``, with gradient 1 inside, the bounds included, and 0 outside.
+
+    ``torch.clamp`` gives no gradient on the bounds, where the codes of the outermost levels lie.
+    """
+    return torch.where((x >= low) & (x <= high), x, x.detach().clamp(low, high))
+
+
 @dataclass(frozen=True, slots=True)
 class UniformGrid:
     """Equally spaced levels ``(code - zero) * scale`` for integer codes from ``low`` to ``high``.
@@ -105,8 +113,8 @@ class UniformGrid:
         """
         steps = round_ste(x / self.scale)
         if self.zero is None:
-            return steps.clamp(self.low, self.high) * self.scale
-        return ((steps + self.zero).clamp(self.low, self.high) - self.zero) * self.scale
+            return clamp_ste(steps, self.low, self.high) * self.scale
+        return (clamp_ste(steps + self.zero, self.low, self.high) - self.zero) * self.scale
 
 
 @dataclass(frozen=True, slots=True)
