@@ -24,7 +24,7 @@ from methodbench.store import (
     Witness,
     open_store,
 )
-from methodbench.store.database import _translated
+from methodbench.store.opening import translated
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -175,7 +175,7 @@ def test_a_locked_database_is_told(tmp_path: Path) -> None:
         connection.execute(text("PRAGMA busy_timeout=50"))
         with sqlite3.connect(path) as other:
             other.execute("BEGIN IMMEDIATE")
-            with pytest.raises(StoreError, match="locked"), _translated(str(path)):
+            with pytest.raises(StoreError, match="locked"), translated(str(path)):
                 connection.execute(insert)
             other.rollback()
 

@@ -36,7 +36,7 @@ def claims(method: str | None, db: str | None, as_json: bool) -> int:
     from methodbench.claims import judge_claims, load_claims
     from methodbench.errors import ClaimsError
     from methodbench.store import open_store
-    from methodbench.store.database import default_url
+    from methodbench.store.location import default_url
 
     catalog = get_catalog()
     names = [method] if method else sorted(name for name, entry in catalog.methods.items() if entry.claims)

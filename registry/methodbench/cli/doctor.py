@@ -115,7 +115,7 @@ def _check_database(db: str | None, say: Say) -> int:
 
     from methodbench.errors import StoreError
     from methodbench.store import open_store
-    from methodbench.store.database import default_url
+    from methodbench.store.location import default_url
 
     where = db or default_url()
     if "://" not in where and not Path(where).exists():

@@ -47,6 +47,9 @@ class LineReporter:
         self.total -= len(cells)
         self.say(click.style(f"left out {len(cells)} cells: {reason}", fg="yellow"))
 
+    def elsewhere(self, count: int, where: str) -> None:
+        self.say(f"waiting for {count} cell{'s' if count != 1 else ''} that run elsewhere: {where}")
+
     def started(self, label: str) -> None:
         if label.startswith("prepare "):
             self.say(f"preparing {label.removeprefix('prepare ')} (once on this machine)")

@@ -135,7 +135,7 @@ def plan(suites: tuple[str, ...], db: str | None, as_json: bool, **chosen: Any) 
     """Show the cells of SUITES (names or files): what is done, what is missing, what is skipped and why."""
     from methodbench import api
     from methodbench.store import open_store
-    from methodbench.store.database import default_url
+    from methodbench.store.location import default_url
 
     known = get_catalog()
     made = api.plan(_wanted(suites, chosen), catalog=known)

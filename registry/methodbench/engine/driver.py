@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import os
 import tempfile
+import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from methodbench.entries import Method, Model
 from methodbench.errors import MethodbenchError, UnknownNameError
 from methodbench.provenance import canonical_json, described, environment
 from methodbench.store import Environment, Fingerprint, MetricValue, Run, Series, Store
+from methodbench.store.claims import Lease
 
 if TYPE_CHECKING:
     from methodbench.catalog import Catalog
@@ -30,6 +32,10 @@ if TYPE_CHECKING:
 
 #: CPU threads of preparing a model. Fixed: what is trained depends on it as results do.
 _PREPARE_THREADS = 2
+
+
+#: Seconds between two looks at what other drivers have done.
+_LOOK_SECONDS = 0.5
 
 
 class Reporter(Protocol):
@@ -43,6 +49,9 @@ class Reporter(Protocol):
 
     def left_out(self, cells: Sequence[Cell], reason: str) -> None:
         """These cells cannot be run here and are not recorded."""
+
+    def elsewhere(self, count: int, where: str) -> None:
+        """This many cells are run by other drivers of this database, which this one waits for."""
 
     def started(self, label: str) -> None:
         """A worker began."""
@@ -63,6 +72,7 @@ class SilentReporter:
     def begin(self, plan: Plan, todo: Sequence[Cell], done: Mapping[str, Run]) -> None: ...
     def fetching(self, model: Model, received: int, total: int | None) -> None: ...
     def left_out(self, cells: Sequence[Cell], reason: str) -> None: ...
+    def elsewhere(self, count: int, where: str) -> None: ...
     def started(self, label: str) -> None: ...
     def phase(self, label: str, phase: str) -> None: ...
     def finished(self, cell: Cell, run: Run, metrics: Sequence[MetricValue]) -> None: ...
@@ -133,9 +143,11 @@ def run_plan(
                 cores = cores or available_cores()
                 options = ExecutorOptions(cores, _preload(todo), memory_limit, address)
                 runner = _executor(executor, catalog, options)
+                known = {key: run.id for key, run in before.items()}
                 try:
                     todo = _fitting(todo, runner, report, reporter)
-                    _Drive(store, report, reporter, Path(scratch)).run(todo, runner, batch)
+                    with Lease(store, known) as lease:
+                        _Drive(store, lease, report, reporter, Path(scratch)).run(todo, runner, batch)
                 finally:
                     runner.close()
     finally:
@@ -221,8 +233,9 @@ def _preload(todo: Sequence[Cell]) -> list[str]:
 class _Drive:
     """One run of one plan: the sink of the executor."""
 
-    def __init__(self, store: Store, report: Report, reporter: Reporter, scratch: Path) -> None:
+    def __init__(self, store: Store, lease: Lease, report: Report, reporter: Reporter, scratch: Path) -> None:
         self.store = store
+        self.lease = lease
         self.report = report
         self.reporter = reporter
         self.scratch = scratch
@@ -231,17 +244,67 @@ class _Drive:
         """Why a model could not be prepared, by weights digest."""
         self.environments: dict[str, Environment] = {}
         """What workers computed with, by what they said about it."""
+        self.taken: set[str] = set()
+        """Jobs whose cells this driver has claimed."""
+        self.held: dict[str, Cell] = {}
+        """Cells that other drivers have taken, by key."""
 
     def run(self, todo: Sequence[Cell], executor: Executor, batch: int) -> None:
         executor.run([self._preparation(cell) for cell in _one_per_model(todo)], self)
+        self._run_ready(todo, executor, batch)
+        while self.held:
+            self._run_ready(self._wait_for_others(), executor, batch)
+
+    def _run_ready(self, todo: Sequence[Cell], executor: Executor, batch: int) -> None:
         ready = []
         for cell in todo:
             reason = self.unprepared.get(cell.weights_digest) if cell.model else None
             if reason is None:
                 ready.append(cell)
-            else:
+            elif self._take([cell]):
                 self._record(cell, CellOutcome("failed", reason))
         executor.run([self._job_data(jobs) for jobs in _batches(group_jobs(ready), batch)], self)
+
+    # Other drivers of this database
+
+    def admit(self, job: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        if "prepare" in job or job["id"] in self.taken:
+            return job
+        cells = self.jobs[job["id"]]
+        mine = self._take(cells)
+        if not mine:
+            return None
+        self.taken.add(job["id"])
+        self.jobs[job["id"]] = mine
+        keys = {cell.key for cell in mine}
+        kept = [data for cell, data in zip(cells, job["cells"], strict=True) if cell.key in keys]
+        return {**job, "cells": kept}
+
+    def _take(self, cells: Sequence[Cell]) -> tuple[Cell, ...]:
+        """Claim cells and return those that this driver has now; note what became of the others."""
+        taken = self.lease.take(cell.key for cell in cells)
+        self.report.runs |= taken.done
+        self.held |= {cell.key: cell for cell in cells if cell.key in taken.held}
+        return tuple(cell for cell in cells if cell.key in taken.mine)
+
+    def _wait_for_others(self) -> list[Cell]:
+        """Wait until other drivers have recorded the cells they hold; return those that they leave to this one."""
+        waiting, self.held = self.held, {}
+        said = ""
+        free: list[Cell] = []
+        while waiting and not free:
+            look = self.lease.look(waiting)
+            self.report.runs |= look.done
+            free = [cell for key, cell in waiting.items() if key in look.mine]
+            waiting = {key: waiting[key] for key in look.held}
+            where = ", ".join(sorted({f"{driver.host} (pid {driver.pid})" for driver in look.held.values()}))
+            if where and where != said:
+                said = where
+                self.reporter.elsewhere(len(waiting), where)
+            if waiting and not free and not self.lease.bury(look.held.values()):
+                time.sleep(_LOOK_SECONDS)
+        self.held = waiting
+        return free
 
     # What workers get
 
@@ -376,8 +439,10 @@ class _Drive:
         ]
         marks = result.get("marks")
         fingerprint = Fingerprint(run_id=identifier, marks=marks) if marks else None
-        self.store.add(run, metrics, series, captured, fingerprint)
-        self.report.runs[cell.key] = run
+        kept = self.store.add(run, metrics, series, captured, fingerprint, lease=self.lease)
+        self.report.runs[cell.key] = kept
+        if kept is not run:
+            return
         self.report.new.append(cell.key)
         self.reporter.finished(cell, run, metrics)
 

@@ -51,6 +51,12 @@ class CellOutcome:
 class Sink(Protocol):
     """Receives what happens, on the driver's side."""
 
+    def admit(self, job: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        """Say what of ``job`` is still to be run, right before it is sent; None when other drivers have all of it.
+
+        A job may be admitted again when its worker or the server died.
+        """
+
     def started(self, job: Mapping[str, Any]) -> None:
         """A worker began with ``job``."""
 
@@ -217,16 +223,17 @@ class LocalExecutor:
         for position, job in enumerate(islice(waiting, _WINDOW)):
             needs = self._needs(job)
             if lacking := self.slots.lacking(needs):
-                for index in range(job["first"], len(_cells(job))):
-                    sink.finished(job, index, CellOutcome("failed", lacking))
+                self._give_up_job(job, sink, CellOutcome("failed", lacking))
                 started.append(position)
                 continue
             asks = {"cores"} | ({"memory"} if needs.memory else set()) | ({"gpus"} if needs.gpus else set())
             if missing := self.slots.missing(needs):
                 blocked |= missing
             elif not blocked & asks:
-                self._send(job, self.slots.take(needs))
                 started.append(position)
+                admitted = sink.admit(job)
+                if admitted is not None:
+                    self._send(admitted, self.slots.take(needs))
             if "cores" in blocked:
                 break
         for position in reversed(started):
@@ -254,8 +261,7 @@ class LocalExecutor:
         if give_up:
             reason = f"the fork server {self._server_end} repeatedly"
             for job in waiting:
-                for index in range(job["first"], len(_cells(job))):
-                    sink.finished(job, index, CellOutcome("failed", reason, {}, log))
+                self._give_up_job(job, sink, CellOutcome("failed", reason, {}, log))
             waiting.clear()
 
     def _end_server(self) -> str:
@@ -361,6 +367,14 @@ class LocalExecutor:
             path.unlink()
             sink.finished(running.job, running.next_cell, outcome)
             running.next_cell += 1
+
+    @staticmethod
+    def _give_up_job(job: Mapping[str, Any], sink: Sink, outcome: CellOutcome) -> None:
+        """Report the cells of a job that waits for a worker and gets none."""
+        admitted = sink.admit(job)
+        if admitted is not None:
+            for index in range(admitted["first"], len(_cells(admitted))):
+                sink.finished(admitted, index, outcome)
 
     @staticmethod
     def _give_up_cell(

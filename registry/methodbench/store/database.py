@@ -1,44 +1,30 @@
-"""Opening, migrating and querying the result database."""
+"""Reading and writing records."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import event, inspect, text
 from sqlalchemy import select as sa_select
-from sqlalchemy.engine import Engine, make_url
-from sqlalchemy.exc import ArgumentError, DatabaseError, OperationalError
-from sqlmodel import Session, col, create_engine, select
+from sqlalchemy.engine import Engine
+from sqlmodel import Session, SQLModel, col, select
 
 from methodbench.errors import StoreError
-from methodbench.store.schema import (
-    SCHEMA_REVISION,
-    Environment,
-    Fingerprint,
-    MetricValue,
-    Run,
-    Series,
-    Witness,
-)
+from methodbench.store import records
+from methodbench.store.opening import open_engine, translated
+from methodbench.store.records import Record, row_of
+from methodbench.store.schema import Environment, Fingerprint, MetricValue, Run, Series, Witness
 
 if TYPE_CHECKING:
     import polars as pl
 
-#: Failures are results too: a cell that ended in one of these is not run again unless asked for.
-DONE = ("ok", "failed", "timeout", "oom", "not-applicable")
+    from methodbench.store.claims import Lease
 
 #: Runs that are results of their own, not repetitions of another run.
 _OWN = col(Run.witness_of).is_(None)
-
-
-def default_url() -> str:
-    """Return ``METHODBENCH_DB`` or ``methodbench.db`` in the current folder."""
-    return os.environ.get("METHODBENCH_DB") or "methodbench.db"
 
 
 @dataclass(slots=True)
@@ -49,6 +35,7 @@ class Store:
     url: str
     known_environments: set[str] = field(default_factory=set)
     """Digests of environments that are in the database for sure."""
+    read_only: bool = False
 
     def close(self) -> None:
         self.engine.dispose()
@@ -60,8 +47,16 @@ class Store:
         self.close()
 
     @contextmanager
-    def _session(self) -> Iterator[Session]:
-        with _translated(self.url), Session(self.engine, expire_on_commit=False) as session:
+    def reading(self) -> Iterator[Session]:
+        """A session that reads; what drivers of databases say becomes a StoreError."""
+        with translated(self.url), Session(self.engine, expire_on_commit=False) as session:
+            yield session
+
+    @contextmanager
+    def writing(self) -> Iterator[Session]:
+        """A session that writes: others that write wait for its end. The caller commits."""
+        engine = self.engine.execution_options(writes=True)
+        with translated(self.url), Session(engine, expire_on_commit=False) as session:
             yield session
 
     def add(
@@ -72,38 +67,75 @@ class Store:
         environment: Environment | None = None,
         fingerprint: Fingerprint | None = None,
         witness: Witness | None = None,
-    ) -> None:
-        """Write one finished cell in one transaction."""
-        with self._session() as session:
-            unknown = environment is not None and environment.digest not in self.known_environments
-            if environment is not None and unknown and session.get(Environment, environment.digest) is None:
-                session.add(Environment(**environment.model_dump()))
-                session.flush()
-            session.add(run)
-            session.flush()
-            session.add_all(metrics)
-            session.add_all(series)
-            session.add_all(row for row in (fingerprint, witness) if row is not None)
+        *,
+        lease: Lease | None = None,
+    ) -> Run:
+        """Write one finished cell in one transaction, and end its claim in the same.
+
+        Args:
+            lease: the driver's presence; see :mod:`methodbench.store.claims`.
+
+        Returns:
+            The record that counts: ``run``, or the one that another driver made of the same cell because it had taken
+            this one for dead.
+        """
+        with self.writing() as session:
+            if lease is not None:
+                others = lease.settle(session, run.cell_key)
+                if others is not None:
+                    session.commit()
+                    return others
+                self._follow(session, run, lease)
+            connection = session.connection()
+            if environment is not None and environment.digest not in self.known_environments:
+                self.put_environments(session, [row_of(environment)])
+            record = Record(row_of(run))
+            one = (row for row in (fingerprint, witness) if row is not None)
+            for row in (*metrics, *series, *one):
+                record.children.setdefault(_table(row), []).append(row_of(row))
+            run.seal = record.run["seal"] = records.seal(record)
+            records.write(connection, [record])
             session.commit()
             if environment is not None:
                 self.known_environments.add(environment.digest)
+        return run
 
-    def latest(self, cell_keys: Iterable[str]) -> dict[str, Run]:
-        """Return the newest finished run of each cell, an ``ok`` one before any other."""
+    def put_environments(self, session: Session, rows: Iterable[dict[str, Any]]) -> None:
+        """Insert the environments that are not there yet."""
+        for row in rows:
+            if session.get(Environment, row["digest"]) is None:
+                session.connection().execute(records.ENVIRONMENT.insert(), row)
+
+    def _follow(self, session: Session, run: Run, lease: Lease) -> None:
+        """Keep a cell's records in the order they were made in, also when the clock was set back in between."""
+        before = session.get(Run, lease.known.get(run.cell_key, ""))
+        if before is not None and run.started_at <= before.started_at:
+            said = run.started_at.isoformat(timespec="seconds")
+            run.warnings = [*run.warnings, f"the clock was set back: it said {said} when this run began"]
+            run.started_at = before.started_at + timedelta(microseconds=1)
+
+    def latest(self, cell_keys: Iterable[str], session: Session | None = None) -> dict[str, Run]:
+        """Return the newest finished run of each cell, an ``ok`` one before any other.
+
+        Args:
+            session: transaction to look in; one of its own by default.
+        """
+        if session is None:
+            with self.reading() as own:
+                return self.latest(cell_keys, own)
         wanted = list(dict.fromkeys(cell_keys))
         found: dict[str, Run] = {}
-        with self._session() as session:
-            for start in range(0, len(wanted), 500):
-                query = select(Run).where(col(Run.cell_key).in_(wanted[start : start + 500]), _OWN)
-                for run in session.exec(query.order_by(col(Run.started_at))):
-                    before = found.get(run.cell_key)
-                    if before is None or run.status == "ok" or before.status != "ok":
-                        found[run.cell_key] = run
+        for start in range(0, len(wanted), 500):
+            query = select(Run).where(col(Run.cell_key).in_(wanted[start : start + 500]), _OWN)
+            for run in session.exec(query.order_by(col(Run.started_at), col(Run.id))):
+                before = found.get(run.cell_key)
+                if before is None or run.status == "ok" or before.status != "ok":
+                    found[run.cell_key] = run
         return found
 
     def run(self, run_id: str) -> Run:
         """Return the run whose id starts with ``run_id``. Raises StoreError when none or several do."""
-        with self._session() as session:
+        with self.reading() as session:
             query = select(Run).where(col(Run.id).startswith(run_id, autoescape=True)).limit(2)
             found = session.exec(query).all()
         if not found or not run_id:
@@ -115,19 +147,19 @@ class Store:
     def runs(self, *, witnesses: bool = False) -> list[Run]:
         """Return every run, oldest first; those that only repeat another one when ``witnesses`` asks for them."""
         query = select(Run).order_by(col(Run.started_at), col(Run.id))
-        with self._session() as session:
+        with self.reading() as session:
             return list(session.exec(query if witnesses else query.where(_OWN)))
 
     def fingerprint(self, run_id: str) -> list[dict[str, Any]]:
         """Return the marks of a run, in the order of its computation; empty where it left none."""
-        with self._session() as session:
+        with self.reading() as session:
             found = session.get(Fingerprint, run_id)
             return found.marks if found else []
 
     def witnesses(self, run_id: str) -> list[Witness]:
         """Return what the replays of a run came to, oldest first."""
         query = select(Witness).where(Witness.original == run_id)
-        with self._session() as session:
+        with self.reading() as session:
             return list(
                 session.exec(query.join(Run, col(Run.id) == Witness.run_id).order_by(col(Run.started_at)))
             )
@@ -142,11 +174,11 @@ class Store:
 
     def environments(self) -> dict[str, Environment]:
         """Return the environments by digest."""
-        with self._session() as session:
+        with self.reading() as session:
             return {row.digest: row for row in session.exec(select(Environment))}
 
     def _children(self, table: Any, run_ids: Iterable[str] | None) -> list[Any]:
-        with self._session() as session:
+        with self.reading() as session:
             if run_ids is None:
                 return list(session.exec(select(table).order_by(table.run_id, table.name)))
             wanted = list(dict.fromkeys(run_ids))
@@ -175,7 +207,7 @@ class Store:
         ]
         query = sa_select(*columns).join(MetricValue, isouter=True).where(_OWN)
         query = query.order_by(col(Run.started_at), col(Run.id))
-        with _translated(self.url), self.engine.connect() as connection:
+        with translated(self.url), self.engine.connect() as connection:
             rows = [tuple(row) for row in connection.execute(query)]
         return pl.DataFrame(rows, schema=schema, orient="row")
 
@@ -184,98 +216,16 @@ def open_store(url: str | None = None, *, create: bool = True) -> Store:
     """Open the database, bringing its schema up to date.
 
     Args:
-        url: a path of an SQLite file or an SQLAlchemy URL; by default :func:`default_url`.
-        create: make the database when it does not exist.
+        url: a path of an SQLite file or a ``postgresql://`` URL; by default ``METHODBENCH_DB`` or ``methodbench.db``.
+        create: make the database when it does not exist, and make sure that it can be written. Without it, an SQLite
+            file that cannot be written is opened for reading.
 
     Raises:
         StoreError: it does not exist, cannot be read or written, is damaged, or was made by a newer version.
     """
-    where = url or default_url()
-    full = where if "://" in where else f"sqlite:///{Path(where).expanduser()}"
-    try:
-        parsed = make_url(full)
-        parsed.get_dialect()
-    except ArgumentError:
-        raise StoreError(f"{where!r} is neither a path nor a database URL") from None
-    if parsed.get_backend_name() == "sqlite" and parsed.database:
-        path = Path(parsed.database)
-        if not path.exists():
-            if not create:
-                raise StoreError(f"no results yet: {path} does not exist", "`methodbench demo` makes some.")
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise StoreError(f"cannot create the folder of {path}: {error.strerror}") from error
-    try:
-        engine = create_engine(parsed)
-    except ModuleNotFoundError as error:
-        raise StoreError(
-            f"the database {where!r} needs the driver {error.name!r}", f"pip install {error.name}"
-        ) from error
-    if engine.dialect.name == "sqlite":
-        event.listen(engine, "connect", _configure_sqlite)
-    store = Store(engine, where)
-    with _translated(where):
-        _migrate(engine, where)
-    return store
+    opened = open_engine(url, create=create)
+    return Store(opened.engine, opened.where, read_only=opened.read_only)
 
 
-def _configure_sqlite(connection: Any, _: Any) -> None:
-    cursor = connection.cursor()
-    cursor.execute("PRAGMA busy_timeout=30000")
-    cursor.execute("PRAGMA journal_mode=WAL")
-    cursor.execute("PRAGMA synchronous=NORMAL")
-    cursor.execute("PRAGMA foreign_keys=ON")
-    cursor.close()
-
-
-def _migrate(engine: Engine, where: str) -> None:
-    revision = _revision(engine)
-    if revision == SCHEMA_REVISION:
-        return
-    if revision is None and inspect(engine).get_table_names():
-        raise StoreError(f"{where} is a database of something else", "Give another path with --db.")
-    if revision is not None and revision > SCHEMA_REVISION:
-        raise StoreError(
-            f"{where} was written by a newer methodbench (schema {revision}, this one knows {SCHEMA_REVISION})",
-            "Upgrade methodbench, or give another database with --db. Nothing was changed.",
-        )
-    from alembic import command
-    from alembic.config import Config
-
-    config = Config()
-    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
-    with engine.begin() as connection:
-        if engine.dialect.name == "sqlite":
-            connection.exec_driver_sql("BEGIN IMMEDIATE" if not connection.in_transaction() else "SELECT 1")
-        config.attributes["connection"] = connection
-        command.upgrade(config, SCHEMA_REVISION)
-
-
-def _revision(engine: Engine) -> str | None:
-    if not inspect(engine).has_table("alembic_version"):
-        return None
-    with engine.connect() as connection:
-        return connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
-
-
-@contextmanager
-def _translated(where: str) -> Iterator[None]:
-    """Turn what a database driver says into one message that a user can act on."""
-    try:
-        yield
-    except OperationalError as error:
-        problem = str(error.orig)
-        hints = {
-            "readonly": "Make the file and its folder writable, or give another database with --db.",
-            "full": "Free some space and run the same command again: finished cells are kept.",
-            "locked": "Another process holds it; wait for it to finish and run the same command again.",
-            "unable to open": "Check the path and the permissions of its folder.",
-        }
-        hint = next((text for key, text in hints.items() if key in problem), "")
-        raise StoreError(f"database {where}: {problem}", hint) from error
-    except DatabaseError as error:
-        raise StoreError(
-            f"database {where} cannot be read: {error.orig}",
-            "It is damaged or no database: move it away and run again, or restore a copy.",
-        ) from error
+def _table(row: SQLModel) -> str:
+    return str(row.__tablename__)
