@@ -187,7 +187,8 @@ class Claim(Strict):
         """The inequality on one line."""
         sign = {"<=": "≤", ">=": "≥", "==": "="}.get(self.op, self.op)
         within = f" ± {self.tolerance:g}" if self.tolerance else ""
-        return f"{self.left.label} {sign} {self.right.label}{within}"
+        of = f"{self.metric}: " if self.metric else ""
+        return f"{of}{self.left.label} {sign} {self.right.label}{within}"
 
 
 class Claims(Strict):

@@ -34,6 +34,7 @@ METHODS: list[Method] = [
             "w4a8": {"bits": 4, "convention": "omni", "a_bits": 8, "a_convention": "omni"},
             "w4a4": {"bits": 4, "convention": "omni", "a_bits": 4, "a_convention": "omni"},
         },
+        claims="rtn.toml",
         fidelity="authors-code",
         parity=(
             "mit-han-lab/llm-awq d6e797a, IST-DASLab/gptq 2d65066, mit-han-lab/smoothquant c61476d, "
@@ -63,6 +64,7 @@ METHODS: list[Method] = [
             "w4g128-act-order": {"bits": 4, "group_size": 128, "act_order": True, "static_groups": True},
             "w3-act-order": {"bits": 3, "group_size": -1, "act_order": True, "true_sequential": True},
         },
+        claims="gptq.toml",
         fidelity="authors-code",
         parity="IST-DASLab/gptq 2d65066",
         properties=("deterministic", "monotone:bits"),

@@ -43,6 +43,7 @@ METHODS: list[Method] = [
                 for bits in (8, 6, 4)
             },
         },
+        claims="repq-vit.toml",
         fidelity="authors-code",
         parity="zkkli/RepQ-ViT a160561",
         properties=("deterministic",),
