@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
 from methodbench.errors import MethodbenchError, UnknownNameError
 from methodbench.provenance import canonical_json
-from methodbench.stats import paired_difference
+from methodbench.stats import holm, paired_difference
 from methodbench.store import MetricValue, Run, Store
 
 Verdict = Literal["win", "tie", "loss"]
@@ -23,6 +23,8 @@ class PairedResult:
     model: str
     task: str
     metric: str
+    direction: str
+    """``lower`` or ``higher``: which is better."""
     variant_a: str
     variant_b: str
     value_a: float
@@ -31,6 +33,9 @@ class PairedResult:
     low: float
     high: float
     p_value: float
+    """Two-sided, from the permutation test on per-unit differences."""
+    p_holm: float
+    """The same after Holm's correction for all rows of the comparison."""
     units: int
     seeds: int
     verdict: Verdict
@@ -72,6 +77,8 @@ def compare_methods(store: Store, a: str, b: str) -> list[PairedResult]:
         result = _pair(list(of_a.values()), list(of_b.values()), metrics)
         if result is not None:
             rows.append(result)
+    adjusted = holm(np.array([row.p_value for row in rows]))
+    rows = [replace(row, p_holm=float(p)) for row, p in zip(rows, adjusted, strict=True)]
     return sorted(rows, key=lambda row: (row.task, row.model, row.variant_a, row.variant_b))
 
 
@@ -125,6 +132,7 @@ def _pair(runs_a: list[Run], runs_b: list[Run], metrics: dict[str, MetricValue])
         model=runs_a[0].model,
         task=runs_a[0].task,
         metric=metric.name,
+        direction=metric.direction,
         variant_a=runs_a[0].variant,
         variant_b=runs_b[0].variant,
         value_a=result.value_a,
@@ -133,6 +141,7 @@ def _pair(runs_a: list[Run], runs_b: list[Run], metrics: dict[str, MetricValue])
         low=result.low,
         high=result.high,
         p_value=result.p_value,
+        p_holm=result.p_value,
         units=result.units,
         seeds=len(runs_a),
         verdict=verdict,

@@ -1,23 +1,91 @@
 """Statistics over per-unit scores: arrays in, arrays out; nothing here knows of methods or records.
 
-Every random procedure is seeded, so that the same scores give the same interval everywhere.
+Every random procedure is seeded, so that the same scores give the same interval everywhere. The random numbers are
+simple enough to be made again, bit for bit, in any language with 32-bit integers:
+
+*Words.* :func:`random_words` gives the 32-bit word number ``p`` of draw ``d`` under a key as lane ``p mod 3`` of
+``pcg3d(p div 3, d, key)``, the hash of Jarzynski and Olano (Hash Functions for GPU Rendering, JCGT 9(3), 2020). All
+sums and products are modulo 2^32::
+
+    x, y, z  ->  x * 1664525 + 1013904223,  and the same for y and z
+    x += y*z;  y += z*x;  z += x*y           (each line uses what the line before has made)
+    x ^= x >> 16;  y ^= y >> 16;  z ^= z >> 16
+    x += y*z;  y += z*x;  z += x*y
+
+*Keys.* ``key = seed + 2654435769 * stream``; the bootstrap is stream 0, the permutation test stream 1.
+
+*Indices.* Unit number ``p`` of bootstrap draw ``d`` is ``floor(word * units / 2^32)``; where fewer than 2^21 units are
+drawn from, double precision computes that exactly.
+
+*Signs.* Sign number ``p`` of permutation ``d`` is +1 where the highest bit of the word is set, else -1.
+
+*Ends of intervals.* Sorted draws ``v[0..m-1]``: the lower end is ``v[floor((m-1) * tail)]``, the upper end
+``v[ceil((m-1) * (1-tail))]`` with ``tail = (1-level)/2``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
+Indices = NDArray[np.int64]
 
 DRAWS = 1000
 LEVEL = 0.95
 SEED = 7
 #: Draws are made in slices of at most this many indices, to bound memory.
-_SLICE = 4_000_000
+_SLICE = 1_000_000
+#: Up to this many arrangements a permutation test counts all of them instead of drawing some.
+_EXACT = 4096
+_BOOTSTRAP, _PERMUTATION = 0, 1
+
+
+# --- random numbers ---------------------------------------------------------------------------------------------
+
+
+def random_words(seed: int, stream: int, draws: range, count: int) -> NDArray[np.uint32]:
+    """Return uint32 [len(draws), count] of uniform words; see the module's description for the algorithm.
+
+    Args:
+        draws: numbers of the draws, so that slices of a long series can be made one at a time.
+        count: words per draw.
+    """
+    key = np.uint32((seed + 2654435769 * stream) % 2**32)
+    blocks = -(-count // 3)
+    lanes = np.empty((3, len(draws), blocks), dtype=np.uint32)
+    lanes[0] = np.arange(blocks, dtype=np.uint32)
+    lanes[1] = np.arange(draws.start, draws.stop, dtype=np.uint32)[:, None]
+    lanes[2] = key
+    lanes *= np.uint32(1664525)
+    lanes += np.uint32(1013904223)
+    _stir(*lanes)
+    lanes ^= lanes >> np.uint32(16)
+    _stir(*lanes)
+    return lanes.transpose(1, 2, 0).reshape(len(draws), blocks * 3)[:, :count]
+
+
+def _stir(x: NDArray[np.uint32], y: NDArray[np.uint32], z: NDArray[np.uint32]) -> None:
+    x += y * z
+    y += z * x
+    z += x * y
+
+
+def _resample(units: int, draws: int, seed: int, use: Callable[[Indices], Array]) -> Array:
+    """Apply ``use`` to bootstrap indices [draws, units], slice by slice; concatenate what it returns."""
+    step = max(1, _SLICE // max(units, 1))
+    parts = []
+    for start in range(0, draws, step):
+        words = random_words(seed, _BOOTSTRAP, range(start, min(start + step, draws)), units)
+        parts.append(use(((words.astype(np.uint64) * np.uint64(units)) >> np.uint64(32)).astype(np.int64)))
+    return np.concatenate(parts)
+
+
+# --- one method: values and intervals ---------------------------------------------------------------------------
 
 
 def aggregate(scores: Array, how: str) -> float:
@@ -50,22 +118,17 @@ def _reduce(rows: Array, how: str) -> Array:
     raise ValueError(f"unknown aggregate {how!r}")
 
 
-def _resample(units: int, draws: int, seed: int, use: Callable[[NDArray[np.int64]], Array]) -> Array:
-    """Apply ``use`` to bootstrap indices [draws, units], slice by slice; concatenate what it returns."""
-    rng = np.random.default_rng(seed)
-    step = max(1, _SLICE // max(units, 1))
-    parts = []
-    for start in range(0, draws, step):
-        parts.append(use(rng.integers(0, units, size=(min(step, draws - start), units))))
-    return np.concatenate(parts)
+def _percentiles(values: Array, level: float) -> tuple[Array, Array]:
+    """Return both ends of the interval over the first axis, at drawn values.
 
-
-def _percentiles(values: Array, level: float) -> tuple[float, float]:
-    tail = 100 * (1 - level) / 2
-    # "lower"/"higher" keep the ends at drawn values: interpolation between infinities would give NaN.
-    low = np.percentile(values, tail, method="lower")
-    high = np.percentile(values, 100 - tail, method="higher")
-    return float(low), float(high)
+    Interpolation between infinities would give NaN.
+    """
+    tail = (1 - level) / 2
+    last = len(values) - 1
+    # The small terms keep 0.025 * 1000 from becoming 25.000000000000004.
+    low, high = math.floor(last * tail + 1e-9), math.ceil(last * (1 - tail) - 1e-9)
+    ordered = np.partition(values, (low, high), axis=0)
+    return ordered[low], ordered[high]
 
 
 def bootstrap_interval(
@@ -76,11 +139,10 @@ def bootstrap_interval(
     Returns:
         (low, high), or None where one unit, or an aggregate of ``single``, leaves nothing to resample.
     """
-    finite = scores[~np.isnan(scores)]
-    if finite.size < 2 or how == "single":
-        return None
-    values = _resample(finite.size, draws, seed, lambda index: _reduce(finite[index], how))
-    return _percentiles(values, level)
+    return difference_interval(scores, None, how, draws=draws, level=level, seed=seed)
+
+
+# --- two methods ------------------------------------------------------------------------------------------------
 
 
 def difference_interval(
@@ -100,7 +162,7 @@ def difference_interval(
 
     Args:
         a: scores [units].
-        b: scores of the same units in the same order, or None for a difference to the number in ``shift``.
+        b: scores of the same units in the same order, or None for ``factors[0] * aggregate(a) + shift`` alone.
 
     Returns:
         (low, high), or None where fewer than two units were scored by both.
@@ -108,21 +170,28 @@ def difference_interval(
     Raises:
         ValueError: the two score different numbers of units.
     """
-    if b is not None and a.shape != b.shape:
-        raise ValueError(f"paired scores differ in length: {a.size} and {b.size}")
-    missing = np.isnan(a) if b is None else np.isnan(a) | np.isnan(b)
-    first, second = a[~missing], None if b is None else b[~missing]
+    first, second = (a[~np.isnan(a)], None) if b is None else _both(a, b)
     if first.size < 2 or how == "single":
         return None
 
-    def drawn(index: NDArray[np.int64]) -> Array:
+    def drawn(index: Indices) -> Array:
         left = factors[0] * _reduce(first[index], how) + shift
         return left if second is None else left - factors[1] * _reduce(second[index], how)
 
     with np.errstate(invalid="ignore"):
         values = _resample(first.size, draws, seed, drawn)
     # Two infinite aggregates differ by nothing that can be told.
-    return _percentiles(np.nan_to_num(values, nan=0.0, posinf=np.inf, neginf=-np.inf), level)
+    values[np.isnan(values)] = 0.0
+    low, high = _percentiles(values, level)
+    return float(low), float(high)
+
+
+def _both(a: Array, b: Array) -> tuple[Array, Array]:
+    """Return the scores of the units that both scored."""
+    if a.shape != b.shape:
+        raise ValueError(f"paired scores differ in length: {a.size} and {b.size}")
+    both = ~(np.isnan(a) | np.isnan(b))
+    return a[both], b[both]
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,42 +218,103 @@ def paired_difference(
 ) -> PairedDifference:
     """Paired bootstrap of ``aggregate(a) - aggregate(b)``; both have one score per unit, in the same order.
 
-    The interval resamples units (Efron & Tibshirani 1993, chapter 13); the p-value flips the signs of the per-unit
-    differences (Good 2005, chapter 3), with the observed arrangement counted, so that it is never zero.
+    The interval is :func:`difference_interval`, the p-value :func:`permutation_test`. A single unit decides
+    nothing: its interval is infinite.
 
     Raises:
         ValueError: the two score different numbers of units, or share none.
     """
-    if a.shape != b.shape:
-        raise ValueError(f"paired scores differ in length: {a.size} and {b.size}")
-    both = ~(np.isnan(a) | np.isnan(b))
-    a, b = a[both], b[both]
+    a, b = _both(a, b)
     if a.size == 0:
         raise ValueError("no unit was scored by both")
     value_a, value_b = float(_reduce(a[None], how)[0]), float(_reduce(b[None], how)[0])
-    if a.size == 1:
-        difference = value_a - value_b
-        return PairedDifference(value_a, value_b, difference, -np.inf, np.inf, 1.0, 1)
+    interval = difference_interval(a, b, how, draws=draws, level=level, seed=seed)
+    low, high = interval or (-math.inf, math.inf)
     with np.errstate(invalid="ignore"):
-        values = _resample(a.size, draws, seed, lambda index: _reduce(a[index], how) - _reduce(b[index], how))
-    low, high = _percentiles(np.nan_to_num(values, nan=0.0), level)
-    return PairedDifference(
-        value_a, value_b, value_a - value_b, low, high, _sign_flip_p(a - b, draws, seed), int(a.size)
-    )
+        p_value = permutation_test(a - b, draws=draws, seed=seed)
+    return PairedDifference(value_a, value_b, value_a - value_b, low, high, p_value, int(a.size))
 
 
-def _sign_flip_p(differences: Array, draws: int, seed: int) -> float:
-    observed = abs(differences.mean())
-    if not np.isfinite(observed):
-        return float("nan")
-    rng = np.random.default_rng(seed)
+def permutation_test(differences: Array, *, draws: int = DRAWS, seed: int = SEED) -> float:
+    """Two-sided sign-flip test that paired differences [units] are centred on zero.
+
+    Under the hypothesis every difference is as likely with the other sign (Good, Permutation, Parametric and
+    Bootstrap Tests of Hypotheses, 2005, chapter 3). Up to 12 units every arrangement is counted; beyond that
+    ``draws`` of them, plus the observed one, so that p is never zero (Phipson & Smyth 2010).
+
+    Returns:
+        The share of arrangements whose mean is at least as far from zero as the observed one; NaN where the mean is
+        not finite.
+    """
+    observed = abs(float(differences.mean())) if differences.size else math.nan
+    if not math.isfinite(observed):
+        return math.nan
+    # The tolerance counts arrangements that equal the observed one but for the order of summation.
+    bar = observed * (1 - 1e-12)
+    arrangements = 2**differences.size
+    if arrangements <= _EXACT:
+        bits = np.arange(arrangements)[:, None] >> np.arange(differences.size) & 1
+        return float((np.abs(((bits * 2 - 1) * differences).mean(axis=1)) >= bar).mean())
     step = max(1, _SLICE // differences.size)
     extreme = 1
     for start in range(0, draws, step):
-        signs = rng.integers(0, 2, size=(min(step, draws - start), differences.size)) * 2 - 1
-        # The tolerance counts arrangements that equal the observed one but for the order of summation.
-        extreme += int((np.abs((signs * differences).mean(axis=1)) >= observed * (1 - 1e-12)).sum())
+        words = random_words(seed, _PERMUTATION, range(start, min(start + step, draws)), differences.size)
+        signs = np.where(words >> np.uint32(31), 1.0, -1.0)
+        extreme += int((np.abs((signs * differences).mean(axis=1)) >= bar).sum())
     return extreme / (draws + 1)
+
+
+def wilcoxon(differences: Array) -> tuple[float, float]:
+    """Wilcoxon's signed-rank test of paired differences [units], two-sided (Biometrics Bulletin 1(6), 1945).
+
+    Zeros are dropped. The distribution is exact for at most 50 differences without ties or zeros, else normal with
+    the correction of the variance for ties, without a correction for continuity (Hollander & Wolfe 1999, 3.1).
+
+    Returns:
+        (statistic, p): the smaller of the two sums of ranks, and the p-value; (0, 1) where all are zero.
+    """
+    kept = differences[(differences != 0) & ~np.isnan(differences)]
+    n = kept.size
+    if n == 0:
+        return 0.0, 1.0
+    ranks, ties = _ranks(np.abs(kept)[None])
+    positive = float(ranks[0][kept > 0].sum())
+    statistic = min(positive, n * (n + 1) / 2 - positive)
+    if n <= 50 and n == differences.size and ties[0] == 0:
+        counts = np.zeros(n * (n + 1) // 2 + 1)
+        counts[0] = 1.0
+        for rank in range(1, n + 1):
+            counts[rank:] += counts[:-rank].copy()
+        return statistic, float(min(1.0, 2 * counts[: int(statistic) + 1].sum() / 2.0**n))
+    variance = n * (n + 1) * (2 * n + 1) / 24 - ties[0] / 48
+    z = abs(statistic - n * (n + 1) / 4) / math.sqrt(variance)
+    return statistic, math.erfc(z / math.sqrt(2))
+
+
+def _ranks(rows: Array) -> tuple[Array, Array]:
+    """Return mean ranks (from 1, ascending) within each row, and per row the sum of ``t^3 - t`` over its ties."""
+    ranks, ties = np.empty(rows.shape), np.empty(len(rows))
+    for index, row in enumerate(rows):
+        _, place, counts = np.unique(row, return_inverse=True, return_counts=True)
+        ranks[index] = (np.cumsum(counts) - (counts - 1) / 2)[place]
+        ties[index] = (counts.astype(np.float64) ** 3 - counts).sum()
+    return ranks, ties
+
+
+def holm(p_values: Array) -> Array:
+    """Return Holm's step-down adjusted p-values (Scandinavian Journal of Statistics 6(2), 1979), in the given order.
+
+    NaN stays NaN and does not count as a test.
+    """
+    adjusted = np.full(p_values.shape, np.nan)
+    tests = np.flatnonzero(~np.isnan(p_values))
+    order = tests[np.argsort(p_values[tests], kind="stable")]
+    steps = np.maximum.accumulate(p_values[order] * np.arange(order.size, 0, -1))
+    adjusted[order] = np.minimum(steps, 1.0)
+    return adjusted
+
+
+# --- several methods --------------------------------------------------------------------------------------------
 
 
 def rank_intervals(
@@ -195,8 +325,8 @@ def rank_intervals(
     draws: int = DRAWS,
     level: float = LEVEL,
     seed: int = SEED,
-) -> NDArray[np.int64]:
-    """Ranks with bootstrap intervals, from paired per-unit scores.
+) -> Indices:
+    """Ranks with bootstrap intervals, from paired per-unit scores (Hall & Miller, Annals of Statistics 37, 2009).
 
     Args:
         scores: [methods, units], the same units for each method; NaN counts as worst.
@@ -208,29 +338,342 @@ def rank_intervals(
     filled = np.where(np.isnan(scores), worst, scores)
     sign = 1.0 if lower_is_better else -1.0
 
-    def ranks(values: Array) -> NDArray[np.int64]:
+    def ranks(values: Array) -> Array:
         # 1 + number of methods that are strictly better, for [draws, methods]
-        return 1 + (sign * values[:, None, :] < sign * values[:, :, None]).sum(axis=2)
+        return 1.0 + (sign * values[:, None, :] < sign * values[:, :, None]).sum(axis=2)
 
     point = ranks(np.stack([_reduce(row[None], how) for row in filled], axis=1))[0]
     if filled.shape[1] < 2 or how == "single":
-        return np.stack([point, point, point], axis=1)
+        return np.stack([point, point, point], axis=1).astype(np.int64)
     drawn = _resample(
         filled.shape[1],
         draws,
         seed,
-        lambda index: ranks(np.stack([_reduce(row[index], how) for row in filled], axis=1)).astype(
-            np.float64
-        ),
+        lambda index: ranks(np.stack([_reduce(row[index], how) for row in filled], axis=1)),
     )
-    tail = 100 * (1 - level) / 2
-    low = np.percentile(drawn, tail, axis=0, method="lower").astype(np.int64)
-    high = np.percentile(drawn, 100 - tail, axis=0, method="higher").astype(np.int64)
-    return np.stack([point, np.minimum(low, point), np.maximum(high, point)], axis=1)
+    low, high = _percentiles(drawn, level)
+    return np.stack([point, np.minimum(low, point), np.maximum(high, point)], axis=1).astype(np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class Friedman:
+    """Friedman's test over tasks, and what Nemenyi's comparison of all pairs needs."""
+
+    statistic: float
+    p_value: float
+    mean_ranks: Array
+    """float64 [methods]; 1 is best."""
+    critical_difference: float
+    """Mean ranks that differ by more are told apart."""
+    pairwise_p: Array
+    """float64 [methods, methods], Nemenyi's p-values; 1 on the diagonal."""
+
+
+def friedman(values: Array, *, lower_is_better: bool, level: float = LEVEL) -> Friedman:
+    """Friedman's test with ties (JASA 32, 1937) and Nemenyi's critical difference (Demsar, JMLR 7, 2006, 3.2.2).
+
+    Args:
+        values: [methods, tasks], one value of each method on each task; without NaN.
+
+    Raises:
+        ValueError: fewer than two methods or tasks, or a value is NaN.
+    """
+    methods, tasks = values.shape
+    if methods < 2 or tasks < 2:
+        raise ValueError(f"needs two methods and two tasks, got {methods} and {tasks}")
+    if np.isnan(values).any():
+        raise ValueError("every method needs a value on every task")
+    ranks, ties = _ranks(values.T if lower_is_better else -values.T)
+    mean_ranks = ranks.mean(axis=0)
+    spread = 12 * tasks / (methods * (methods + 1)) * (((mean_ranks - (methods + 1) / 2) ** 2).sum())
+    correction = 1 - ties.sum() / (tasks * methods * (methods**2 - 1))
+    statistic = float(spread / correction) if correction > 0 else 0.0
+    error = math.sqrt(methods * (methods + 1) / (6 * tasks))
+    distance = np.abs(mean_ranks[:, None] - mean_ranks[None, :]) / error * math.sqrt(2)
+    return Friedman(
+        statistic=statistic,
+        p_value=chi_square_tail(statistic, methods - 1),
+        mean_ranks=mean_ranks,
+        critical_difference=studentized_range_quantile(level, methods) / math.sqrt(2) * error,
+        pairwise_p=np.clip(1 - studentized_range_cdf(distance, methods), 0.0, 1.0),
+    )
+
+
+def chi_square_tail(statistic: float, degrees: int) -> float:
+    """P(chi-square with ``degrees`` of freedom > statistic): the finite sum for whole degrees (Abramowitz & Stegun
+    1964, 26.4.4 and 26.4.5)."""
+    half = statistic / 2
+    if degrees % 2:
+        tail, term, first = math.erfc(math.sqrt(half)), math.exp(-half) * math.sqrt(half / math.pi) * 2, 1.5
+    else:
+        tail, term, first = 0.0, math.exp(-half), 1.0
+    for step in range(degrees // 2):
+        tail += term
+        term *= half / (first + step)
+    return min(tail, 1.0)
+
+
+def _normal_cdf(z: Array) -> Array:
+    return 0.5 * (1 + np.asarray(_ERF(z / math.sqrt(2)), dtype=np.float64))
+
+
+_ERF = np.frompyfunc(math.erf, 1, 1)
+
+
+def studentized_range_cdf(q: Array, groups: int) -> Array:
+    """P(range of ``groups`` standard normals <= q): the studentized range with infinitely many degrees of freedom.
+
+    ``k * integral of phi(z) * (Phi(z) - Phi(z - q))^(k-1)`` (Tukey 1953), by the trapezoidal rule on [-9, 9], whose
+    error for a function as smooth as this is that of rounding.
+    """
+    z = np.linspace(-9.0, 9.0, 1201)
+    density = np.exp(-(z**2) / 2) / math.sqrt(2 * math.pi)
+    flat = np.atleast_1d(q).reshape(-1, 1)
+    inner = (_normal_cdf(z) - _normal_cdf(z - flat)) ** (groups - 1)
+    found = groups * (density * inner).sum(axis=1) * (z[1] - z[0])
+    result: Array = np.clip(found, 0.0, 1.0).reshape(np.shape(q))
+    return result
+
+
+def studentized_range_quantile(level: float, groups: int) -> float:
+    """Return q with :func:`studentized_range_cdf` (q) = level, by bisection to the last bits."""
+    low, high = 0.0, 40.0
+    for _ in range(55):
+        middle = (low + high) / 2
+        if float(studentized_range_cdf(np.array([middle]), groups)[0]) < level:
+            low = middle
+        else:
+            high = middle
+    return (low + high) / 2
+
+
+@dataclass(frozen=True, slots=True)
+class Strengths:
+    """Bradley-Terry strengths with intervals."""
+
+    log_strength: Array
+    """float64 [methods], natural logarithms that sum to zero."""
+    low: Array
+    high: Array
+
+    def win_probability(self) -> Array:
+        """Return float64 [methods, methods]: how likely the row beats the column on a new task."""
+        difference = self.log_strength[:, None] - self.log_strength[None, :]
+        result: Array = 1 / (1 + np.exp(-difference))
+        return result
+
+
+def bradley_terry(
+    values: Array,
+    *,
+    lower_is_better: bool,
+    prior: float = 0.5,
+    draws: int = DRAWS,
+    level: float = LEVEL,
+    seed: int = SEED,
+) -> Strengths:
+    """Bradley-Terry model of pairwise wins over tasks (Bradley & Terry, Biometrika 39, 1952), by Newton's method.
+
+    Each task is a round in which every pair that has values there plays once; equal values are half a win each. The
+    intervals resample tasks.
+
+    Args:
+        values: [methods, tasks]; NaN where a method was not run.
+        prior: wins that every method is given over every other, which keeps the strengths of one that always wins
+            finite; 0 gives the plain maximum of the likelihood, without intervals.
+
+    Raises:
+        ValueError: without a prior, the likelihood has no maximum: a group of methods always wins or never plays.
+    """
+    methods, tasks = values.shape
+    signed = values if lower_is_better else -values
+    a, b = signed[:, None, :], signed[None, :, :]
+    wins = (a < b) + 0.5 * (a == b)
+    wins[np.arange(methods), np.arange(methods)] = 0.0
+    given = prior * (1 - np.eye(methods))
+    point = _strengths((wins.sum(axis=2) + given)[None])[0]
+    if not np.isfinite(point).all():
+        raise ValueError("some methods always win, or were never compared: give a prior")
+    if tasks < 2 or prior == 0:
+        infinite = np.full(methods, np.inf)
+        return Strengths(point, -infinite, infinite)
+    flat = wins.reshape(methods * methods, tasks)
+
+    def drawn(index: Indices) -> Array:
+        counts = np.zeros((len(index), tasks))
+        np.add.at(counts, (np.arange(len(index))[:, None], index), 1.0)
+        return _strengths((counts @ flat.T).reshape(-1, methods, methods) + given)
+
+    low, high = _percentiles(_resample(tasks, draws, seed, drawn), level)
+    return Strengths(point, low, high)
+
+
+def _strengths(wins: Array) -> Array:
+    """Return the maximum-likelihood log strengths [draws, methods] of wins [draws, methods, methods]; else NaN."""
+    methods = wins.shape[1]
+    played = wins + wins.transpose(0, 2, 1)
+    theta = np.zeros(wins.shape[:2])
+    centre = np.ones((methods, methods)) / methods
+    for _ in range(100):
+        expected = 1 / (1 + np.exp(np.clip(theta[:, None, :] - theta[:, :, None], -700, 700)))
+        gradient = (wins - played * expected).sum(axis=2)
+        weight = played * expected * (1 - expected)
+        hessian = np.eye(methods) * weight.sum(axis=2)[:, :, None] - weight
+        try:
+            # The likelihood does not change along (1, ..., 1); the added matrix fixes the sum at zero.
+            step = np.linalg.solve(hessian + centre, gradient[..., None])[..., 0]
+        except np.linalg.LinAlgError:
+            return np.full_like(theta, np.nan)
+        # Newton's steps are cut where the quadratic model cannot be trusted.
+        theta += step / np.maximum(1.0, np.abs(step).max(axis=1, keepdims=True))
+        if np.abs(step).max() < 1e-12:
+            return theta - theta.mean(axis=1, keepdims=True)
+    still = np.abs(step).max(axis=1, keepdims=True) < 1e-9
+    return np.where(still, theta - theta.mean(axis=1, keepdims=True), np.nan)
+
+
+# --- optimizers -------------------------------------------------------------------------------------------------
+
+
+def performance_ratios(costs: Array) -> Array:
+    """Return each cost over the best cost on its problem (Dolan & More, Mathematical Programming 91, 2002).
+
+    Args:
+        costs: [methods, problems], positive, lower is better; NaN and infinity are failures.
+
+    Returns:
+        float64 [methods, problems] of ratios, 1 for the best; infinity for failures and where nobody succeeded.
+
+    Raises:
+        ValueError: a cost is zero or negative, so that a ratio says nothing.
+    """
+    if (costs <= 0).any():
+        raise ValueError("costs must be positive")
+    filled = np.where(np.isnan(costs), np.inf, costs)
+    with np.errstate(invalid="ignore"):
+        ratios = filled / filled.min(axis=0, keepdims=True)
+    return np.where(np.isnan(ratios), np.inf, ratios)
+
+
+def performance_profile(costs: Array, taus: Array) -> Array:
+    """Performance profile: the share of problems that a method solves within ``tau`` times the best cost.
+
+    Args:
+        costs: as in :func:`performance_ratios`.
+        taus: [points], from 1 upwards.
+
+    Returns:
+        float64 [methods, points].
+    """
+    ratios = performance_ratios(costs)
+    result: Array = (ratios[:, None, :] <= taus[None, :, None]).mean(axis=2)
+    return result
+
+
+def time_to_target(
+    curves: Array, target: float, *, lower_is_better: bool, steps: Array | None = None
+) -> Array:
+    """Return when each curve first reaches the target (Dahl et al., Benchmarking Neural Network Training
+    Algorithms, arXiv 2306.07179).
+
+    Args:
+        curves: [runs, points]; NaN never reaches anything.
+        steps: [points] what the points cost (steps, seconds); 0, 1, 2 ... by default.
+
+    Returns:
+        float64 [runs]; infinity where the target is not reached.
+    """
+    with np.errstate(invalid="ignore"):
+        reached = curves <= target if lower_is_better else curves >= target
+    at = np.arange(curves.shape[1], dtype=np.float64) if steps is None else steps
+    first: Array = np.where(reached.any(axis=1), at[reached.argmax(axis=1)], np.inf)
+    return first
+
+
+def expected_time(times: Array, budgets: Array) -> float:
+    """Expected running time to a target with restarts (Auger & Hansen, CEC 2005): spent over number of successes.
+
+    Args:
+        times: [runs] from :func:`time_to_target`.
+        budgets: [runs] what a run that fails has spent.
+    """
+    solved = np.isfinite(times)
+    if not solved.any():
+        return math.inf
+    return float(np.where(solved, times, budgets).sum() / solved.sum())
+
+
+# --- several criteria, several links ----------------------------------------------------------------------------
 
 
 def pareto_front(costs: Array) -> NDArray[np.bool_]:
-    """Return which of the points [points, criteria] no other point beats on every criterion (lower is better)."""
+    """Return which of the points [points, criteria] no other dominates (Kung, Luccio & Preparata, JACM 22, 1975).
+
+    A point dominates another that is no better on any criterion and worse on one; lower is better.
+    """
     better_or_equal = np.all(costs[None, :, :] <= costs[:, None, :], axis=2)
     strictly = np.any(costs[None, :, :] < costs[:, None, :], axis=2)
     return ~np.any(better_or_equal & strictly, axis=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Interaction:
+    """What links do together beyond what they do alone."""
+
+    alone: tuple[float, ...]
+    """Effect of each link alone: its value minus the baseline's."""
+    together: float
+    """Effect of the chain."""
+    excess: float
+    """``together`` minus the sum of ``alone``."""
+    low: float
+    high: float
+    units: int
+
+
+def interaction(
+    baseline: Array,
+    links: Sequence[Array],
+    chain: Array,
+    how: str,
+    *,
+    draws: int = DRAWS,
+    level: float = LEVEL,
+    seed: int = SEED,
+) -> Interaction:
+    """Departure of a chain from additivity, with a paired bootstrap interval (interaction contrast of a factorial
+    design: Fisher, The Design of Experiments, 1935, chapter 6).
+
+    Effects add on the scale on which units are averaged: ``exp-mean`` scores are compared by their mean (for
+    perplexity, in nats per token), since there effects multiply.
+
+    Args:
+        baseline: scores [units] of the model that nothing was done to.
+        links: scores of each link alone, on the same units.
+        chain: scores of all links one after the other.
+
+    Raises:
+        ValueError: the scores differ in length, or no unit was scored by all.
+    """
+    if len({scores.shape for scores in (baseline, *links, chain)}) != 1:
+        raise ValueError("paired scores differ in length")
+    rows = np.stack([baseline, *links, chain])
+    rows = rows[:, ~np.isnan(rows).any(axis=0)]
+    if rows.shape[1] == 0:
+        raise ValueError("no unit was scored by all")
+    scale = "mean" if how == "exp-mean" else how
+
+    def excess(index: Indices) -> Array:
+        values = np.stack([_reduce(row[index], scale) for row in rows])
+        return values[-1] - values[1:-1].sum(axis=0) + (len(links) - 1) * values[0]
+
+    values = [float(_reduce(row[None], scale)[0]) for row in rows]
+    alone = tuple(value - values[0] for value in values[1:-1])
+    together = values[-1] - values[0]
+    low, high = -math.inf, math.inf
+    if rows.shape[1] >= 2 and how != "single":
+        with np.errstate(invalid="ignore"):
+            drawn = _resample(rows.shape[1], draws, seed, excess)
+        drawn[np.isnan(drawn)] = 0.0
+        low, high = map(float, _percentiles(drawn, level))
+    return Interaction(alone, together, together - sum(alone), low, high, int(rows.shape[1]))

@@ -129,46 +129,40 @@ def compare(a: str, b: str, db: str | None, as_json: bool) -> None:
     if as_json:
         echo_json([dataclasses.asdict(row) for row in found])
         return
-    rows = []
-    for row in found:
-        settings = (
-            row.variant_a
-            if row.variant_a == row.variant_b
-            else f"{row.variant_a or '–'} / {row.variant_b or '–'}"
-        )
-        rows.append(
-            (
-                row.verdict,
-                row.model or "–",
-                row.task,
-                settings or "–",
-                row.metric,
-                number(row.value_a),
-                number(row.value_b),
-                number(row.difference),
-                interval(row.low, row.high),
-                f"{row.p_value:.3f}",
-                f"{row.units} × {row.seeds}",
-            )
-        )
     first, second = a.partition("@")[0], b.partition("@")[0]
     if first == second:
         first, second = a, b
+    of_first, of_second = f"of {first}", f"of {second}"
+    rows = [
+        (
+            row.verdict,
+            row.model or "–",
+            row.task,
+            row.variant_a
+            if row.variant_a == row.variant_b
+            else f"{row.variant_a or '–'} / {row.variant_b or '–'}",
+            f"{row.metric} {'↓' if row.direction == 'lower' else '↑'}",
+            number(row.value_a),
+            number(row.value_b),
+            number(row.difference),
+            interval(row.low, row.high),
+            _probability(row.p_value),
+            _probability(row.p_holm),
+            f"{row.units} × {row.seeds}",
+        )
+        for row in found
+    ]
     headers = (
-        first,
-        "model",
-        "task",
-        "settings",
-        "metric",
-        f"{first} ",
-        f"{second} ",
-        "difference",
-        "95 % interval",
-        "p",
-        "units × seeds",
-    )
-    table(headers, rows, right=(f"{first} ", f"{second} ", "difference", "p"))
+        first, "model", "task", "settings", "metric", of_first, of_second, "difference", "95 % interval",
+        "p", "p (Holm)", "units × seeds",
+    )  # fmt: skip
+    table(headers, rows, right=(of_first, of_second, "difference", "p", "p (Holm)"))
     counts = Counter(row.verdict for row in found)
     click.echo(
-        f"\n{first}: {counts['win']} wins, {counts['tie']} ties, {counts['loss']} losses against {second}."
+        f"\n{first} against {second}: {counts['win']} wins, {counts['tie']} ties, {counts['loss']} losses. "
+        "A win or a loss is a 95 % interval of the paired difference without zero; p is of the sign-flip test."
     )
+
+
+def _probability(value: float) -> str:
+    return "<0.001" if value < 0.001 else f"{value:.3f}"
