@@ -265,7 +265,7 @@ def test_friedman_and_nemenyi_agree_with_scipy_posthocs_and_autorank(
     np.testing.assert_allclose(ours.pairwise_p, pairwise, atol=1e-6)
     # autorank takes the quantile from statsmodels' approximation by polynomials; scipy's is compared below.
     theirs = autorank._critical_distance(0.05, methods, tasks)
-    assert ours.critical_difference == pytest.approx(theirs, rel=1e-5)
+    assert ours.critical_difference == pytest.approx(theirs, rel=1e-4)
 
 
 def test_friedman_refuses_what_it_cannot_rank() -> None:
