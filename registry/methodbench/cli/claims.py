@@ -13,7 +13,7 @@ from methodbench.cli.output import db_option, echo_json, get_catalog, interval, 
 
 if TYPE_CHECKING:
     from methodbench.catalog import Catalog
-    from methodbench.claims import ClaimResult, Claims, Verdict
+    from methodbench.claims import ClaimResult, Claims, Condition, Verdict
 
 _COLOURS: dict[Verdict, str | None] = {
     "reproduced": "green",
@@ -172,7 +172,7 @@ def _conditions(result: ClaimResult) -> None:
             (
                 f"  {c.model or '–'}",
                 c.task,
-                _settings(result, c.task_params),
+                _settings(result, c),
                 c.metric,
                 number(c.left),
                 number(c.right),
@@ -188,14 +188,11 @@ def _conditions(result: ClaimResult) -> None:
     )  # fmt: skip
 
 
-def _settings(result: ClaimResult, params: Any) -> str:
+def _settings(result: ClaimResult, condition: Condition) -> str:
     """Write the settings that tell the conditions of one task apart."""
-    varied = [
-        key
-        for key in params
-        if len({str(other.task_params.get(key)) for other in result.conditions if key in other.task_params})
-        > 1
-    ]
+    others = [other.task_params for other in result.conditions if other.task == condition.task]
+    params = condition.task_params
+    varied = [key for key in params if any(other.get(key) != params[key] for other in others)]
     return ", ".join(f"{key}={params[key]}" for key in varied)
 
 
