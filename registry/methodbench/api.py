@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from methodbench.claims import ClaimResult
     from methodbench.comparison import PairedResult
     from methodbench.engine.driver import Report, Reporter
+    from methodbench.engine.parting import Recorded
     from methodbench.engine.plan import Plan
+    from methodbench.engine.replay import Replay
 
 SuiteLike = str | Path | Suite | Mapping[str, Any]
 
@@ -151,6 +153,52 @@ def claims(method: str, *, db: str | None = None, catalog: Catalog | None = None
     found = load_claims(known, method)
     with open_store(db, create=False) as store:
         return judge_claims(store, known, found)
+
+
+def replay(
+    run: str,
+    *,
+    db: str | None = None,
+    tolerance: float = 1e-3,
+    executor: str = "local",
+    cores: int | None = None,
+    timeout: float | None = None,
+    reporter: Reporter | None = None,
+    catalog: Catalog | None = None,
+) -> Replay:
+    """Run a recorded run again from its record alone, compare, and keep the result as a witness.
+
+    Args:
+        run: the first digits of the run's id.
+        tolerance: largest difference of a metric, as a share of its recorded value, that is no drift.
+        timeout: seconds after which it is killed; by default 20 times what the run took, at least 600.
+
+    Raises:
+        MethodbenchError: there is no such run, it has no result, or what it needs is not installed any more.
+    """
+    from methodbench.engine.replay import replay as run_again
+    from methodbench.store import open_store
+
+    with open_store(db, create=False) as store:
+        return run_again(
+            store.run(run),
+            store,
+            catalog or load_catalog(),
+            tolerance=tolerance,
+            executor=executor,
+            cores=cores,
+            timeout=timeout,
+            reporter=reporter,
+        )
+
+
+def diff(a: str, b: str, *, db: str | None = None) -> tuple[Recorded, Recorded]:
+    """Return what is recorded of two runs, for the functions of :mod:`methodbench.engine.parting`."""
+    from methodbench.engine.parting import recorded
+    from methodbench.store import open_store
+
+    with open_store(db, create=False) as store:
+        return recorded(store, store.run(a)), recorded(store, store.run(b))
 
 
 def build_site(out: str | Path = "site", *, db: str | None = None, catalog: Catalog | None = None) -> Path:

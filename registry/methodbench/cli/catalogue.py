@@ -13,6 +13,7 @@ from methodbench.cli.output import db_option, echo_json, get_catalog, json_optio
 if TYPE_CHECKING:
     from methodbench.catalog import Catalog
     from methodbench.entries import Method, Model, SuiteFile, Task
+    from methodbench.store import Witness
 
 WHAT = ("methods", "models", "tasks", "suites", "plugins")
 
@@ -221,6 +222,11 @@ def _show_suite(catalog: Catalog, entry: SuiteFile, as_json: bool) -> None:
         click.echo()
 
 
+def _witness(row: Witness) -> str:
+    where = f", parts at {row.parts_at}" if row.parts_at else ""
+    return f"{row.run_id} {row.verdict}{where}"
+
+
 def _show_run(run_id: str, db: str | None, as_json: bool) -> None:
     from methodbench.cli.output import duration, interval, number, size
     from methodbench.store import open_store
@@ -228,12 +234,13 @@ def _show_run(run_id: str, db: str | None, as_json: bool) -> None:
     with open_store(db, create=False) as store:
         run = store.run(run_id)
         metrics = store.metrics([run.id])
+        witnesses = store.witnesses(run.id)
     if as_json:
         rows = [
             {**metric.model_dump(exclude={"scores"}), "scores": metric.unit_scores().tolist()}
             for metric in metrics
         ]
-        echo_json({**run.model_dump(), "metrics": rows})
+        echo_json({**run.model_dump(), "metrics": rows, "witnesses": [row.model_dump() for row in witnesses]})
         return
     click.secho(f"run {run.id}", bold=True)
     values = "\n".join(
@@ -261,6 +268,8 @@ def _show_run(run_id: str, db: str | None, as_json: bool) -> None:
             ("peak memory", size(run.peak_memory_bytes)),
             ("throughput", run.throughput and f"{number(run.throughput)} {run.throughput_unit}"),
             ("warnings", "\n".join(run.warnings)),
+            ("witness of", run.witness_of),
+            ("witnesses", "\n".join(_witness(row) for row in witnesses)),
             ("repeat with", run.command),
         ]
     )

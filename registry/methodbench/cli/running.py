@@ -47,7 +47,8 @@ def _assignments(pairs: tuple[str, ...], option: str) -> dict[str, Any]:
     return values
 
 
-def _cell_options(function: Any) -> Any:
+def cell_options(function: Any) -> Any:
+    """Options that describe cells: methods, models, tasks and their settings."""
     options = [
         click.option(
             "--method", "methods", multiple=True, metavar="NAME[@PRESET]", help="A method; repeatable."
@@ -87,7 +88,7 @@ def _cell_options(function: Any) -> Any:
     return function
 
 
-def _wanted(suites: tuple[str, ...], chosen: dict[str, Any]) -> list[Any]:
+def wanted_suites(suites: tuple[str, ...], chosen: dict[str, Any]) -> list[Any]:
     """Return the suites named on the command line, or one made of the options."""
     if suites and (chosen["methods"] or chosen["tasks"]):
         raise click.UsageError("Give suites, or --method and --task, not both.")
@@ -128,7 +129,7 @@ def _validated(mapping: dict[str, Any]) -> Any:
 
 @click.command()
 @click.argument("suites", nargs=-1)
-@_cell_options
+@cell_options
 @db_option
 @json_option
 def plan(suites: tuple[str, ...], db: str | None, as_json: bool, **chosen: Any) -> None:
@@ -138,7 +139,7 @@ def plan(suites: tuple[str, ...], db: str | None, as_json: bool, **chosen: Any) 
     from methodbench.store.location import default_url
 
     known = get_catalog()
-    made = api.plan(_wanted(suites, chosen), catalog=known)
+    made = api.plan(wanted_suites(suites, chosen), catalog=known)
     done = {}
     url = db or default_url()
     if "://" in url or Path(url).exists():
@@ -190,7 +191,7 @@ def _print_skips(made: Plan) -> None:
 
 @click.command()
 @click.argument("suites", nargs=-1)
-@_cell_options
+@cell_options
 @db_option
 @click.option("--executor", default="local", show_default=True, help="Where workers run.")
 @click.option("--cores", type=click.IntRange(min=1), help="CPU cores to use.  [default: all]")
@@ -220,7 +221,7 @@ def run(
     from methodbench.cli.progress import reporter
 
     report = api.run(
-        _wanted(suites, chosen),
+        wanted_suites(suites, chosen),
         db=db,
         executor=executor,
         cores=cores,

@@ -1,6 +1,6 @@
 """Records: tables, sessions, migrations. Importing this package imports SQLModel."""
 
-from methodbench.store.database import Store, open_store
+from methodbench.store.database import Store, Version, open_store
 from methodbench.store.schema import (
     SCHEMA_REVISION,
     Claim,
@@ -23,6 +23,7 @@ __all__ = [
     "Run",
     "Series",
     "Store",
+    "Version",
     "Witness",
     "open_store",
 ]

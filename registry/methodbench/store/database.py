@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sqlalchemy import select as sa_select
 from sqlalchemy.engine import Engine
@@ -25,6 +25,26 @@ if TYPE_CHECKING:
 
 #: Runs that are results of their own, not repetitions of another run.
 _OWN = col(Run.witness_of).is_(None)
+
+
+class Version(NamedTuple):
+    """What decides whether a record still holds: everything of its identity that nobody asks for."""
+
+    method: str
+    method_digest: str
+    model: str
+    weights_digest: str
+    task: str
+    protocol: int
+    data_digest: str
+    identity: int
+    """Version of the identity itself."""
+
+
+_VERSION: tuple[Any, ...] = (
+    Run.method, Run.method_digest, Run.model, Run.weights_digest, Run.task, Run.protocol, Run.data_digest,
+    col(Run.identity)["version"].as_integer(),
+)  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -133,6 +153,24 @@ class Store:
                     found[run.cell_key] = run
         return found
 
+    def run_or_cell(self, prefix: str) -> Run:
+        """Return the newest run of the cell whose key starts with ``prefix``, or the run whose id does.
+
+        Raises:
+            StoreError: none does, or several cells or runs do.
+        """
+        # Ids have 12 digits, keys 64: what is longer than an id is a key, what is shorter is more often an id.
+        with self.reading() as session:
+            query = select(Run).where(col(Run.cell_key).startswith(prefix, autoescape=True), _OWN)
+            by_id = select(Run.id).where(col(Run.id).startswith(prefix, autoescape=True)).limit(1)
+            known = bool(prefix) and session.exec(by_id).first() is None
+            found = session.exec(query.order_by(col(Run.started_at).desc())).all() if known else []
+        if not found:
+            return self.run(prefix)
+        if len({run.cell_key for run in found}) > 1:
+            raise StoreError(f"cell {prefix!r} is ambiguous", "Give more digits of its key.")
+        return next((run for run in found if run.status == "ok"), found[0])
+
     def run(self, run_id: str) -> Run:
         """Return the run whose id starts with ``run_id``. Raises StoreError when none or several do."""
         with self.reading() as session:
@@ -149,6 +187,28 @@ class Store:
         query = select(Run).order_by(col(Run.started_at), col(Run.id))
         with self.reading() as session:
             return list(session.exec(query if witnesses else query.where(_OWN)))
+
+    def runs_of(self, methods: Iterable[str] | None, tasks: Iterable[str] | None = None) -> list[Run]:
+        """Return the runs of these methods on these tasks (None for every one), oldest first."""
+        query = select(Run).where(_OWN).order_by(col(Run.started_at), col(Run.id))
+        if methods is not None:
+            query = query.where(col(Run.method).in_(list(methods)))
+        if tasks is not None:
+            query = query.where(col(Run.task).in_(list(tasks)))
+        with self.reading() as session:
+            return list(session.exec(query))
+
+    def versions(self) -> list[Version]:
+        """Return the versions of methods, weights, tasks and data that there are records of, each once."""
+        query = sa_select(*_VERSION).where(_OWN).distinct()
+        with translated(self.url), self.engine.connect() as connection:
+            return [Version(*row) for row in connection.execute(query)]
+
+    def ids(self, version: Version) -> list[str]:
+        """Return the ids of the runs of one version."""
+        matches = [column == value for column, value in zip(_VERSION, version, strict=True)]
+        with translated(self.url), self.engine.connect() as connection:
+            return list(connection.execute(sa_select(col(Run.id)).where(_OWN, *matches)).scalars())
 
     def fingerprint(self, run_id: str) -> list[dict[str, Any]]:
         """Return the marks of a run, in the order of its computation; empty where it left none."""

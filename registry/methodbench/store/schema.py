@@ -196,7 +196,7 @@ class Witness(SQLModel, table=True):
     parts_at: str = ""
     """First layer, step or unit where the two part; empty where they do not."""
     differences: list[dict[str, Any]] = Field(sa_column=Column(JSON, nullable=False))
-    """Metrics whose scores differ: ``metric``, ``recorded``, ``replayed``, ``units`` that differ."""
+    """Metrics whose scores differ: ``metric``, values ``first`` and ``second``, ``units`` that differ, ``of`` all."""
     suspects: list[dict[str, Any]] = Field(sa_column=Column(JSON, nullable=False))
     """What differs between the two environments and sources: ``field``, ``recorded``, ``replayed``."""
 

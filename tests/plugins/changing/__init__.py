@@ -1,0 +1,1 @@
+"""A plugin that tests copy, change, and run again."""
