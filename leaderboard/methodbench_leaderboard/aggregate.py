@@ -13,10 +13,10 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
+import polars as pl
 from numpy.typing import NDArray
 
 from methodbench.catalog import Catalog
@@ -29,28 +29,10 @@ from methodbench.stats import (
     paired_difference,
     rank_intervals,
 )
-from methodbench.store import Environment, MetricValue, Run, Series, Store
+from methodbench.store import MetricValue
+from methodbench_leaderboard.records import METRIC_FIELDS, Brief, MetricInfo, Records, metric_info
 
 Array = NDArray[np.float64]
-
-
-@dataclass(frozen=True, slots=True)
-class MetricInfo:
-    """What a metric is called and which way it is better."""
-
-    name: str
-    title: str
-    unit: str
-    direction: str
-    aggregate: str
-
-    @property
-    def label(self) -> str:
-        return self.title or self.name.replace("-", " ").replace("_", " ")
-
-    @property
-    def lower_is_better(self) -> bool:
-        return self.direction == "lower"
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +84,7 @@ class Rank:
 class Cell:
     """One configuration on one question."""
 
-    runs: tuple[Run, ...]
+    runs: tuple[Brief, ...]
     """The newest run of each seed, by seed."""
     estimates: Mapping[str, Estimate]
     primary: Estimate | None
@@ -112,15 +94,15 @@ class Cell:
     """Why there is no rank."""
 
     @property
-    def scored(self) -> tuple[Run, ...]:
+    def scored(self) -> tuple[Brief, ...]:
         return tuple(run for run in self.runs if run.status == "ok")
 
     @property
-    def failed(self) -> tuple[Run, ...]:
+    def failed(self) -> tuple[Brief, ...]:
         return tuple(run for run in self.runs if run.status != "ok")
 
     @property
-    def run(self) -> Run:
+    def run(self) -> Brief:
         """The run that the cell's numbers link to."""
         return (self.scored or self.runs)[0]
 
@@ -185,7 +167,7 @@ class Missing:
     question: Question
     status: str
     reason: str
-    run: Run | None
+    run: Brief | None
 
 
 @dataclass(slots=True)
@@ -220,76 +202,13 @@ class Board:
         return found
 
 
-@dataclass(slots=True)
-class Records:
-    """Everything in the database."""
-
-    runs: list[Run]
-    """Oldest first."""
-    metrics: dict[str, list[MetricValue]]
-    """Of each run, the primary one first."""
-    series: dict[str, list[Series]]
-    environments: dict[str, Environment]
-    digest: str
-    """sha256 over all of it."""
-
-    @property
-    def newest(self) -> datetime | None:
-        return max((utc(run.started_at) for run in self.runs), default=None)
-
-    def primary(self, run: Run) -> MetricValue | None:
-        return next((metric for metric in self.metrics.get(run.id, ()) if metric.primary), None)
-
-
-def utc(moment: datetime) -> datetime:
-    """Return ``moment`` in UTC; databases without time zones give naive times that are UTC."""
-    return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
-
-
-def read_records(store: Store) -> Records:
-    """Read the whole database, in an order that does not depend on how it was written."""
-    runs = sorted(store.runs(), key=lambda run: (utc(run.started_at), run.id))
-    metrics: dict[str, list[MetricValue]] = defaultdict(list)
-    for metric in sorted(store.metrics(), key=lambda row: (row.run_id, not row.primary, row.name)):
-        metrics[metric.run_id].append(metric)
-    series: dict[str, list[Series]] = defaultdict(list)
-    for curve in sorted(store.series(), key=lambda row: (row.run_id, row.name)):
-        series[curve.run_id].append(curve)
-    hasher = hashlib.sha256()
-    for run in runs:
-        hasher.update(_columns(run))
-        for metric in metrics[run.id]:
-            hasher.update(_columns(metric))
-        for curve in series[run.id]:
-            hasher.update(_columns(curve))
-    return Records(runs, dict(metrics), dict(series), store.environments(), hasher.hexdigest())
-
-
-def _columns(record: Run | MetricValue | Series) -> bytes:
-    values = {name: getattr(record, name) for name in type(record).model_fields}
-    return json.dumps(values, sort_keys=True, default=_plain).encode()
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, bytes):
-        return hashlib.sha256(value).hexdigest()
-    if isinstance(value, datetime):
-        return utc(value).isoformat()
-    return str(value)
-
-
 def _key(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def _asked(run: Run) -> str:
-    """Return the identity of a question apart from the versions of its protocol, weights and data."""
-    device = run.identity.get("device_class", run.device)
-    return _key(run.task, run.model, run.task_params, run.dtype, device)
-
-
-def _version(run: Run) -> tuple[int, str, str]:
-    return run.protocol, run.weights_digest, run.data_digest
+#: What a question is asked by, apart from the versions of its protocol, weights and data.
+_ASKED = ("task", "model", "task_params_json", "dtype", "device_class")
+_VERSION = ("protocol", "weights_digest", "data_digest")
 
 
 def make_boards(records: Records, catalog: Catalog) -> list[Board]:
@@ -298,119 +217,144 @@ def make_boards(records: Records, catalog: Catalog) -> list[Board]:
     Baselines appear on every board whose questions they answer; a family of baselines alone has a board only where
     nothing else answers its questions.
     """
-    questions = _questions(records, catalog)
-    home: dict[str, Question] = {}
-    by_place: dict[tuple[str, str], list[Run]] = defaultdict(list)
-    for run in records.runs:
-        question = questions.get(_asked(run))
-        if question is not None and question[1] == _version(run):
-            home[run.id] = question[0]
-            by_place[run.family, run.model_kind].append(run)
-    answered = {
-        home[run.id].key
-        for runs in by_place.values()
-        if not all(run.baseline for run in runs)
-        for run in runs
-    }
+    frame, questions = _questions(records, catalog)
+    if not questions:
+        return []
+    cells = _newest_cells(frame)
+    places = frame.group_by("family", "model_kind", maintain_order=True).agg(
+        pl.col("question").unique(),
+        pl.col("kind").unique(),
+        pl.col("baseline").all(),
+        (pl.col("status") == "not-applicable").all().alias("idle"),
+    )
+    answered = set(frame.filter(~pl.col("baseline").all().over("family", "model_kind"))["question"])
     boards = []
-    for (family, kind), runs in sorted(by_place.items()):
-        if all(run.baseline for run in runs) and {home[run.id].key for run in runs} <= answered:
+    for place in places.sort("family", "model_kind").iter_rows(named=True):
+        wanted = place["question"]
+        if place["idle"] or (place["baseline"] and answered.issuperset(wanted)):
             continue
-        if all(run.status == "not-applicable" for run in runs):
-            continue
-        wanted = {home[run.id].key for run in runs}
-        kinds = {run.kind for run in runs}
-        shared = [
-            run
-            for run in records.runs
-            if run.baseline and run.family != family and run.kind in kinds and run.id in home
-            if home[run.id].key in wanted
-        ]
-        tables = _tables([*runs, *shared], home, records, catalog)
-        boards.append(Board(catalog.family(family), kind, tables))
+        own = (pl.col("family") == place["family"]) & (pl.col("model_kind") == place["model_kind"])
+        shared = (
+            pl.col("baseline")
+            & (pl.col("family") != place["family"])
+            & pl.col("kind").is_in(place["kind"])
+            & pl.col("question").is_in(wanted)
+        )
+        tables = _tables(cells.filter(own | shared), questions, records, catalog)
+        boards.append(Board(catalog.family(place["family"]), place["model_kind"], tables))
     return boards
 
 
-def _questions(records: Records, catalog: Catalog) -> dict[str, tuple[Question, tuple[int, str, str]]]:
-    """Return the newest version of each question, by :func:`_asked`."""
-    runs_of: dict[str, list[Run]] = defaultdict(list)
-    for run in records.runs:
-        runs_of[_asked(run)].append(run)
-    same_name: dict[tuple[str, str], list[Run]] = defaultdict(list)
-    for runs in runs_of.values():
-        same_name[runs[0].task, runs[0].model].append(runs[0])
-    found = {}
-    for asked, runs in runs_of.items():
-        newest = runs[-1]
-        current = [run for run in runs if _version(run) == _version(newest)]
-        task = find_task(catalog, newest.task)
-        question = Question(
-            key=asked,
-            task=newest.task,
-            model=newest.model,
-            model_kind=newest.model_kind,
-            protocol=newest.protocol,
-            settings=newest.task_params,
-            dtype=newest.dtype,
-            device=newest.device,
-            suffix=_suffix(newest, same_name[newest.task, newest.model]),
-            superseded=len(runs) - len(current),
-            metric=_primary_metric(current, records, task),
+def _questions(records: Records, catalog: Catalog) -> tuple[pl.DataFrame, dict[str, Question]]:
+    """Return the runs of the newest version of each question, with its key as ``question``, and the questions."""
+    frame = records.frame.with_row_index("order").with_columns(
+        device_class=pl.col("device").str.split(":").list.first()
+    )
+    asked = frame.group_by(_ASKED, maintain_order=True).agg(
+        *(pl.col(name).last().alias(f"newest_{name}") for name in (*_VERSION, "id", "model_kind", "device")),
+        runs=pl.len(),
+    )
+    asked = asked.with_columns(
+        question=pl.Series([_question_key(row) for row in asked.select(_ASKED).iter_rows()], dtype=pl.String)
+    )
+    frame = frame.join(asked.select(*_ASKED, "question", *(f"newest_{name}" for name in _VERSION)), on=_ASKED)
+    current = pl.all_horizontal(pl.col(name) == pl.col(f"newest_{name}") for name in _VERSION)
+    frame = frame.filter(current).sort("order")
+    kept = dict(frame.group_by("question").len().iter_rows())
+    metrics = _primary_metrics(frame)
+    same_name: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    for row in asked.iter_rows(named=True):
+        same_name[row["task"], row["model"]].append(row)
+    questions = {}
+    for row in asked.iter_rows(named=True):
+        task = find_task(catalog, row["task"])
+        questions[row["question"]] = Question(
+            key=row["question"],
+            task=row["task"],
+            model=row["model"],
+            model_kind=row["newest_model_kind"],
+            protocol=row["newest_protocol"],
+            settings=json.loads(row["task_params_json"]),
+            dtype=row["dtype"],
+            device=row["newest_device"],
+            suffix=_suffix(row, same_name[row["task"], row["model"]]),
+            superseded=row["runs"] - kept[row["question"]],
+            metric=metrics.get(row["question"]) or (_declared_metric(task) if task else None),
             data=task.data if task else "",
         )
-        found[asked] = (question, _version(newest))
-    return found
+    return frame, questions
 
 
-def _suffix(run: Run, others: Sequence[Run]) -> str:
+def _question_key(asked: tuple[Any, ...]) -> str:
+    task, model, settings, dtype, device_class = asked
+    return _key(task, model, json.loads(settings), dtype, device_class)
+
+
+def _suffix(row: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> str:
+    """Return in what a question differs from others of the same task and model."""
     if len(others) < 2:
         return ""
+    settings = [json.loads(other["task_params_json"]) for other in others]
+    own = json.loads(row["task_params_json"])
     parts = []
-    for name in sorted({name for other in others for name in other.task_params}):
-        if (
-            len({json.dumps(other.task_params.get(name), sort_keys=True, default=str) for other in others})
-            > 1
-        ):
-            parts.append(f"{name}={run.task_params.get(name)}")
+    for name in sorted({name for each in settings for name in each}):
+        if len({json.dumps(each.get(name), sort_keys=True) for each in settings}) > 1:
+            parts.append(f"{name}={own.get(name)}")
     parts += [
-        str(getattr(run, name))
-        for name in ("dtype", "device")
-        if len({getattr(other, name) for other in others}) > 1
+        str(row[name]) for name in ("dtype", "device_class") if len({other[name] for other in others}) > 1
     ]
     return ", ".join(parts)
 
 
-def _primary_metric(runs: Iterable[Run], records: Records, task: Task | None) -> MetricInfo | None:
-    for run in runs:
-        metric = records.primary(run)
-        if metric is not None:
-            return metric_info(metric)
-    if task is None:
-        return None
+def _primary_metrics(frame: pl.DataFrame) -> dict[str, MetricInfo]:
+    """Return the primary metric of each question, as the first run that has one describes it."""
+    described = frame.filter(pl.col("metric").is_not_null()).unique(
+        "question", keep="first", maintain_order=True
+    )
+    return {
+        question: MetricInfo(*description)
+        for question, *description in described.select("question", *METRIC_FIELDS).iter_rows()
+    }
+
+
+def _declared_metric(task: Task) -> MetricInfo:
     entry = task.primary
     return MetricInfo(entry.name, entry.title, entry.unit, entry.direction, entry.aggregate)
 
 
-def metric_info(metric: MetricValue) -> MetricInfo:
-    """Return the description that the run recorded with its metric."""
-    return MetricInfo(metric.name, metric.title, metric.unit, metric.direction, metric.aggregate)
+def _newest_cells(frame: pl.DataFrame) -> pl.DataFrame:
+    """Return one run per configuration, question and seed, of the newest source of the method.
+
+    It is the newest that was scored, else the newest.
+    """
+    cell = ("question", "method", "params_json")
+    newest_source = pl.col("method_digest").last().over(cell)
+    return (
+        frame.filter(pl.col("method_digest") == newest_source)
+        .with_columns(is_ok=pl.col("status") == "ok")
+        .sort("is_ok", "order")
+        .unique([*cell, "seed"], keep="last", maintain_order=True)
+        .sort(*cell, "seed")
+    )
 
 
 def _tables(
-    runs: Sequence[Run], home: Mapping[str, Question], records: Records, catalog: Catalog
+    cells: pl.DataFrame, questions: Mapping[str, Question], records: Records, catalog: Catalog
 ) -> list[Table]:
-    places: dict[tuple[str, str], dict[str, Question]] = defaultdict(dict)
-    of_question: dict[str, list[Run]] = defaultdict(list)
-    for run in runs:
-        question = home[run.id]
-        places[(question.model, "") if question.model else ("", question.task)][question.key] = question
-        of_question[question.key].append(run)
+    # Questions about one model share a table; a task that brings its own model has one to itself.
+    placed = cells.with_columns(
+        anchor_model=pl.col("model"),
+        anchor_task=pl.when(pl.col("model") == "").then(pl.col("task")).otherwise(pl.lit("")),
+    )
     tables = []
-    for number, ((model, task), questions) in enumerate(sorted(places.items()), 1):
-        rows = _rows([run for key in questions for run in of_question[key]], home, records, catalog)
-        order = sorted(
-            questions.values(), key=lambda question: (-_answers(rows, question), question.task, question.key)
-        )
+    parts = placed.sort("anchor_model", "anchor_task").partition_by(
+        "anchor_model", "anchor_task", maintain_order=True, include_key=True
+    )
+    for number, part in enumerate(parts, 1):
+        model, task = part.row(0, named=True)["anchor_model"], part.row(0, named=True)["anchor_task"]
+        rows = _rows(part, questions, records, catalog)
+        asked = [questions[key] for key in part["question"].unique()]
+        order = sorted(asked, key=lambda question: (-_answers(rows, question), question.task, question.key))
         for question in order:
             _compare(rows, question)
         ranked = [row for row in rows if not row.baseline]
@@ -431,13 +375,18 @@ def _tables(
     return tables
 
 
-def _rows(runs: Sequence[Run], home: Mapping[str, Question], records: Records, catalog: Catalog) -> list[Row]:
-    grouped: dict[tuple[str, str], list[Run]] = defaultdict(list)
-    for run in runs:
-        grouped[run.method, _key(run.params)].append(run)
+def _rows(
+    part: pl.DataFrame, questions: Mapping[str, Question], records: Records, catalog: Catalog
+) -> list[Row]:
+    estimates = _estimates(part, records)
+    grouped: dict[tuple[str, str], dict[str, list[Brief]]] = defaultdict(lambda: defaultdict(list))
+    for brief, question in zip(Records.briefs(part), part["question"], strict=True):
+        grouped[brief.method, _key(brief.params)][question].append(brief)
     rows = []
-    for (method, params), mine in sorted(grouped.items()):
-        newest = max(mine, key=lambda run: (utc(run.started_at), run.id))
+    for (method, params), by_question in sorted(grouped.items()):
+        newest = max(
+            (run for runs in by_question.values() for run in runs), key=lambda run: (run.started_at, run.id)
+        )
         entry = catalog.methods.get(method)
         row = Row(
             key=f"{method}-{params}",
@@ -448,30 +397,13 @@ def _rows(runs: Sequence[Run], home: Mapping[str, Question], records: Records, c
             positions=entry.positions if entry else "",
             entry=entry,
         )
-        by_question: dict[str, list[Run]] = defaultdict(list)
-        for run in mine:
-            by_question[home[run.id].key].append(run)
-        for key, attempts in by_question.items():
-            chosen = _newest_by_seed(attempts)
-            estimates = _estimates(chosen, records)
-            metric = home[attempts[0].id].metric
-            row.cells[key] = Cell(chosen, estimates, estimates.get(metric.name) if metric else None)
+        for key, runs in by_question.items():
+            metric = questions[key].metric
+            found = estimates.get((key, runs[0].id), {})
+            row.cells[key] = Cell(tuple(runs), found, found.get(metric.name) if metric else None)
         rows.append(row)
     _tell_apart(rows)
     return rows
-
-
-def _newest_by_seed(attempts: Sequence[Run]) -> tuple[Run, ...]:
-    """Return one run a seed, of the newest source of the method: the newest that was scored, else the newest."""
-    ordered = sorted(attempts, key=lambda run: (utc(run.started_at), run.id))
-    chosen: dict[int, Run] = {}
-    for run in ordered:
-        if run.method_digest != ordered[-1].method_digest:
-            continue
-        before = chosen.get(run.seed)
-        if before is None or run.status == "ok" or before.status != "ok":
-            chosen[run.seed] = run
-    return tuple(chosen[seed] for seed in sorted(chosen))
 
 
 def _tell_apart(rows: Sequence[Row]) -> None:
@@ -489,13 +421,18 @@ def _tell_apart(rows: Sequence[Row]) -> None:
             row.variant = " ".join(filter(None, [row.variant, f"({', '.join(parts)})" if parts else ""]))
 
 
-def _estimates(runs: Sequence[Run], records: Records) -> dict[str, Estimate]:
-    by_name: dict[str, list[MetricValue]] = defaultdict(list)
-    for run in runs:
-        if run.status == "ok":
-            for metric in records.metrics.get(run.id, ()):
+def _estimates(part: pl.DataFrame, records: Records) -> dict[tuple[str, str], dict[str, Estimate]]:
+    """Return the estimates of each cell by metric; a cell goes by its question and the id of its first run."""
+    metrics = records.metrics(part.filter(pl.col("status") == "ok")["id"])
+    cells = part.group_by("question", "method", "params_json", maintain_order=True).agg("id")
+    found = {}
+    for question, _, _, ids in cells.iter_rows():
+        by_name: dict[str, list[MetricValue]] = defaultdict(list)
+        for run_id in ids:
+            for metric in metrics.get(run_id, ()):
                 by_name[metric.name].append(metric)
-    return {name: _estimate(metrics) for name, metrics in by_name.items()}
+        found[question, ids[0]] = {name: _estimate(rows) for name, rows in by_name.items()}
+    return found
 
 
 def _estimate(metrics: Sequence[MetricValue]) -> Estimate:

@@ -11,7 +11,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from methodbench_leaderboard.aggregate import utc
+from methodbench_leaderboard.records import utc
 
 MINUS = "−"
 NOTHING = "–"

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import csv
-import io
-import json
 import math
 import secrets
 import shutil
@@ -14,8 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
+import polars as pl
 from jinja2 import Environment as Jinja
 from jinja2 import PackageLoader, StrictUndefined
 
@@ -24,25 +23,22 @@ from methodbench.catalog import Catalog
 from methodbench.entries import FIDELITIES, Method, Task
 from methodbench.errors import MethodbenchError
 from methodbench.stats import DRAWS, SEED
-from methodbench.store import MetricValue, Run, Store
-from methodbench_leaderboard import charts, formats
+from methodbench.store import MetricValue, Store
+from methodbench_leaderboard import charts, downloads, formats, shards
 from methodbench_leaderboard.aggregate import (
     Board,
     Cell,
     Group,
     MetricInfo,
     Question,
-    Records,
     Row,
     Table,
     find_model,
     find_task,
     make_boards,
-    metric_info,
     number,
-    read_records,
-    utc,
 )
+from methodbench_leaderboard.records import Records, metric_info
 
 #: Tells a folder of ours from anything else that must not be replaced.
 MARKER = ".methodbench-site"
@@ -51,14 +47,19 @@ WIDE = 1
 #: Missing cells and failures that a page lists; the rest is counted.
 MOST_LISTED = 60
 
-_STATIC = ("site.css", "site.js", "favicon.svg")
+#: Up to this many runs each has a page of its own; more are shown by one page from sharded data.
+MOST_RUN_PAGES = 400
+#: Newest runs that the page of all runs lists, and the page of a method.
+MOST_RUNS, MOST_RUNS_OF_METHOD = 1000, 100
+
+_STATIC = ("site.css", "site.js", "run.js", "favicon.svg")
 
 
 def write_site(store: Store, catalog: Catalog, out: Path) -> Path:
     """Write the whole site beside ``out``, then put it in its place; see :func:`methodbench_leaderboard.build`."""
 
     def write(fresh: Path) -> None:
-        _Site(read_records(store), catalog, fresh).write()
+        _Site(store, catalog, fresh).write()
         (fresh / MARKER).write_text("A site built by methodbench; the next build replaces this folder.\n")
 
     replace_folder(out, write)
@@ -164,8 +165,10 @@ class _BoardView:
 
 
 class _Site:
-    def __init__(self, records: Records, catalog: Catalog, folder: Path) -> None:
-        self.records = records
+    def __init__(self, store: Store, catalog: Catalog, folder: Path) -> None:
+        self.store = store
+        self.records = records = Records(store)
+        self.sharded = len(records) > MOST_RUN_PAGES
         self.catalog = catalog
         self.folder = folder
         self.jinja = Jinja(
@@ -185,7 +188,7 @@ class _Site:
         self.jinja.filters["sortable"] = _sortable
         self.jinja.filters["score"] = lambda value: formats.number(number(value))
         self.jinja.globals.update(
-            run_path=lambda run_id: f"runs/{formats.run_slug(run_id)}.html",
+            run_path=self._run_path,
             method_path=lambda name: f"methods/{formats.slug(name)}.html",
             fidelities=FIDELITIES,
             records=records,
@@ -195,7 +198,8 @@ class _Site:
         )
 
     def write(self) -> None:
-        boards = [self._board_view(board) for board in make_boards(self.records, self.catalog)]
+        records = self.records
+        boards = [self._board_view(board) for board in make_boards(records, self.catalog)]
         on_boards = {
             run.id: view.path
             for view in boards
@@ -205,31 +209,47 @@ class _Site:
             for run in cell.runs
         }
         methods = self._methods()
-        counts = Counter(run.status for run in self.records.runs)
+        counts = Counter(dict(records.frame.group_by("status").len().iter_rows()))
+        files = downloads.write(self.store, records, self.folder)
+        self.jinja.globals["downloads"] = files
         self._page(
             "index.html", "home.html", section="boards", boards=boards, counts=counts, **self._failures()
         )
         for view in boards:
             self._page(view.path, "board.html", section="boards", view=view)
-        runs_of: dict[str, list[Run]] = defaultdict(list)
-        for run in reversed(self.records.runs):
-            runs_of[run.method].append(run)
-        self._page("methods.html", "methods.html", section="methods", methods=methods, runs_of=runs_of)
+        newest_first = records.frame.reverse()
+        run_counts = dict(newest_first.group_by("method").len().iter_rows())
+        self._page("methods.html", "methods.html", section="methods", methods=methods, run_counts=run_counts)
         for name, entry in methods.items():
-            self._method_page(name, entry, runs_of[name], boards)
-        newest_first = self.records.runs[::-1]
-        self._page("runs.html", "runs.html", section="runs", runs=newest_first)
-        for run in self.records.runs:
-            self._run_page(run, on_boards.get(run.id, ""))
+            of_method = newest_first.filter(pl.col("method") == name)
+            self._method_page(name, entry, of_method, boards)
+        self._page(
+            "runs.html", "runs.html", section="runs", runs=records.briefs(newest_first.head(MOST_RUNS))
+        )
+        for digest, environment in sorted(records.environments.items()):
+            data = dict(environment.data)
+            packages = data.pop("packages", {})
+            self._page(
+                _environment_path(digest), "environment.html", section="runs", digest=digest, environment=data,
+                captured=environment.captured_at, packages=packages if isinstance(packages, dict) else {},
+            )  # fmt: skip
+        if self.sharded:
+            self._page("run.html", "run_viewer.html", section="runs")
+            shards.write(records, on_boards, self.folder / "data" / "runs")
+        else:
+            self._run_pages(on_boards)
         self._page(
             "about.html", "about.html", section="about", counts=counts, boards=boards, catalog=self.catalog
         )
-        self._write("results.csv", self._csv())
-        self._write("results.json", self._json())
         source = Path(__file__).parent / "static"
         (self.folder / "static").mkdir()
         for name in _STATIC:
             shutil.copyfile(source / name, self.folder / "static" / name)
+
+    def _run_path(self, run_id: str) -> str:
+        if self.sharded:
+            return f"run.html#{quote(run_id, safe='')}"
+        return f"runs/{formats.run_slug(run_id)}.html"
 
     def _write(self, path: str, text: str) -> None:
         file = self.folder / path
@@ -241,12 +261,15 @@ class _Site:
         self._write(path, self.jinja.get_template(template).render(root=root, path=path, **values))
 
     def _methods(self) -> dict[str, Method | None]:
-        names = sorted({*self.catalog.methods, *(run.method for run in self.records.runs)})
+        names = sorted({*self.catalog.methods, *self.records.frame["method"].unique()})
         return {name: self.catalog.methods.get(name) for name in names}
 
     def _failures(self) -> dict[str, Any]:
-        failures = [run for run in reversed(self.records.runs) if run.status not in ("ok", "not-applicable")]
-        return {"failures": failures[:MOST_LISTED], "failure_count": len(failures)}
+        failures = self.records.frame.reverse().filter(~pl.col("status").is_in(["ok", "not-applicable"]))
+        return {
+            "failures": self.records.briefs(failures.head(MOST_LISTED)),
+            "failure_count": len(failures),
+        }
 
     def _board_view(self, board: Board) -> _BoardView:
         family, kind = formats.slug(board.family.name), board.model_kind
@@ -335,10 +358,12 @@ class _Site:
 
     def _curves(self, scored: Sequence[tuple[Row, Cell]]) -> list[tuple[str, charts.CurveChart]]:
         by_name: dict[str, list[charts.Curve]] = defaultdict(list)
-        for row, cell in scored:
+        drawn_cells = scored[: charts.MOST_CURVES]
+        curves_of = self.records.series([run.id for _, cell in drawn_cells for run in cell.scored])
+        for row, cell in drawn_cells:
             seeds: dict[str, list[Any]] = defaultdict(list)
             for run in cell.scored:
-                for series in self.records.series.get(run.id, ()):
+                for series in curves_of.get(run.id, ()):
                     seeds[series.name].append(series.points())
             for name, points in seeds.items():
                 by_name[name].append(charts.Curve(row.label, cell.run.id, points))
@@ -346,7 +371,7 @@ class _Site:
         return [(name, chart) for name, chart in drawn if chart is not None]
 
     def _method_page(
-        self, name: str, entry: Method | None, runs: Sequence[Run], boards: Sequence[_BoardView]
+        self, name: str, entry: Method | None, runs: pl.DataFrame, boards: Sequence[_BoardView]
     ) -> None:
         results = [
             (view, shown, row)
@@ -358,7 +383,7 @@ class _Site:
         configurations: dict[str, Mapping[str, Any]] = {}
         for _, _, row in results:
             configurations.setdefault(row.variant or "defaults", row.params)
-        commands = list(dict.fromkeys(run.command for run in runs if run.command))
+        commands = [command for command in runs["command"].unique(maintain_order=True).to_list() if command]
         distribution = self.catalog.distribution("method", name)
         extra = f"[{entry.extra}]" if entry and entry.extra else ""
         self._page(
@@ -367,7 +392,8 @@ class _Site:
             section="methods",
             name=name,
             entry=entry,
-            runs=runs,
+            runs=self.records.briefs(runs.head(MOST_RUNS_OF_METHOD)),
+            run_count=len(runs),
             results=results,
             configurations=configurations,
             settings=sorted({key for params in configurations.values() for key in params}),
@@ -376,106 +402,37 @@ class _Site:
             install=f"pip install '{distribution}{extra}'" if distribution else "",
         )
 
-    def _run_page(self, run: Run, board: str) -> None:
-        metrics = self.records.metrics.get(run.id, [])
-        environment = self.records.environments.get(run.environment_digest)
-        data = dict(environment.data) if environment else {}
-        packages = data.pop("packages", {})
-        curves = [
-            (series.name, charts.curve_chart([charts.Curve(run.method, run.id, [series.points()])]))
-            for series in self.records.series.get(run.id, ())
-        ]
-        self._page(
-            f"runs/{formats.run_slug(run.id)}.html",
-            "run.html",
-            section="runs",
-            run=run,
-            board=board,
-            metrics=[(metric, metric_info(metric), _scores(metric)) for metric in metrics],
-            curves=[(name, chart) for name, chart in curves if chart is not None],
-            environment=data,
-            packages=packages if isinstance(packages, dict) else {},
-            method=self.catalog.methods.get(run.method),
-            model=find_model(self.catalog, run.model) if run.model else None,
-            task=find_task(self.catalog, run.task),
-        )
-
-    def _csv(self) -> str:
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(
-            [*_RUN_FIELDS, "started_at", *(f"metric_{name}" for name in _METRIC_FIELDS), "params"]
-        )
-        for run in self.records.runs:
-            found: list[MetricValue | None] = [*self.records.metrics.get(run.id, [])]
-            for metric in found or [None]:
-                writer.writerow(
-                    [
-                        *(_csv_cell(getattr(run, name)) for name in _RUN_FIELDS),
-                        utc(run.started_at).isoformat(),
-                        *(_csv_cell(getattr(metric, name) if metric else None) for name in _METRIC_FIELDS),
-                        _csv_cell(formats.plain(run.params)),
-                    ]
-                )
-        return text.getvalue()
-
-    def _json(self) -> str:
-        runs = [
-            {
-                **{name: _json_value(getattr(run, name)) for name in _RUN_FIELDS},
-                **{name: _json_value(getattr(run, name)) for name in _JSON_FIELDS},
-                "started_at": utc(run.started_at).isoformat(),
-                "metrics": [
-                    {name: _json_value(getattr(metric, name)) for name in _METRIC_FIELDS}
-                    for metric in self.records.metrics.get(run.id, [])
+    def _run_pages(self, on_boards: Mapping[str, str]) -> None:
+        ids = self.records.frame["id"].to_list()
+        metrics, series = self.records.metrics(ids), self.records.series(ids)
+        for run in self.records.details(ids):
+            curves = [
+                (curve.name, charts.curve_chart([charts.Curve(run.method, run.id, [curve.points()])]))
+                for curve in series.get(run.id, ())
+            ]
+            self._page(
+                self._run_path(run.id),
+                "run.html",
+                section="runs",
+                run=run,
+                board=on_boards.get(run.id, ""),
+                metrics=[
+                    (metric, metric_info(metric), _scores(metric)) for metric in metrics.get(run.id, ())
                 ],
-            }
-            for run in self.records.runs
-        ]
-        document = {"methodbench": __version__, "database": self.records.digest, "runs": runs}
-        return json.dumps(document, indent=1, sort_keys=True, allow_nan=False) + "\n"
+                curves=[(name, chart) for name, chart in curves if chart is not None],
+                environment=(
+                    _environment_path(run.environment_digest)
+                    if run.environment_digest in self.records.environments
+                    else ""
+                ),
+                method=self.catalog.methods.get(run.method),
+                model=find_model(self.catalog, run.model) if run.model else None,
+                task=find_task(self.catalog, run.task),
+            )
 
 
-_RUN_FIELDS = (
-    "id", "cell_key", "status", "reason", "family", "kind", "method", "variant", "baseline", "model", "model_kind",
-    "task", "protocol", "seed", "dtype", "device", "threads", "storage", "bits_per_weight", "accounted_bits",
-    "model_bytes", "wall_seconds", "peak_memory_bytes", "throughput", "throughput_unit", "suite", "command",
-    "methodbench_version", "method_digest", "weights_digest", "data_digest", "environment_digest",
-)  # fmt: skip
-_JSON_FIELDS = ("params", "params_passed", "task_params", "phases", "facts", "warnings")
-_METRIC_FIELDS = (
-    "name",
-    "title",
-    "unit",
-    "direction",
-    "aggregate",
-    "primary",
-    "value",
-    "low",
-    "high",
-    "units",
-)
-
-
-def _csv_cell(value: Any) -> Any:
-    """Return a cell that no spreadsheet takes for a formula."""
-    if value is None:
-        return ""
-    if isinstance(value, str):
-        text = formats.harmless(value)
-        return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t")) else text
-    return value
-
-
-def _json_value(value: Any) -> Any:
-    """Return ``value`` with numbers that JSON has no form for as text."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, dict):
-        return {str(key): _json_value(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_json_value(item) for item in value]
-    return value
+def _environment_path(digest: str) -> str:
+    return f"environments/{formats.run_slug(digest)[:16]}.html"
 
 
 def _sortable(value: float | None) -> str:

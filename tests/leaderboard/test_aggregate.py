@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 
 from methodbench.stats import aggregate, rank_intervals
-from methodbench_leaderboard.aggregate import Board, Row, Table, make_boards, read_records
+from methodbench_leaderboard.aggregate import Board, Row, Table, make_boards
+from methodbench_leaderboard.records import Records
 
 
 @pytest.fixture(scope="module")
 def boards(made_up, store) -> dict[tuple[str, str], Board]:
-    made = make_boards(read_records(store), made_up.make_catalog())
+    made = make_boards(Records(store), made_up.make_catalog())
     return {(board.family.name, board.model_kind): board for board in made}
 
 
@@ -125,5 +126,5 @@ def test_the_digest_changes_with_a_score(made_up, store, tmp_path):
     same, other = made_up.fill(tmp_path / "same.db"), made_up.fill(tmp_path / "other.db")
     with same, other:
         made_up.Maker(other).run("walk", "hill", {"test-loss": [1.0]}, id="0123456789ab", family="descend")
-        assert read_records(same).digest == read_records(store).digest
-        assert read_records(other).digest != read_records(store).digest
+        assert Records(same).digest == Records(store).digest
+        assert Records(other).digest != Records(store).digest

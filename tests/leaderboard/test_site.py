@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from methodbench.errors import MethodbenchError
-from methodbench_leaderboard import build, pages
+from methodbench_leaderboard import build, downloads
 
 VOID = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"}
 
@@ -245,7 +245,7 @@ def test_a_failed_build_leaves_the_old_site(made_up, store, tmp_path, monkeypatc
     def full(*_):
         raise OSError(28, "No space left on device", "runs.html")
 
-    monkeypatch.setattr(pages._Site, "_csv", full)
+    monkeypatch.setattr(downloads, "write", full)
     with pytest.raises(MethodbenchError, match="No space left on device"):
         build(store, made_up.make_catalog(), out)
     assert (out / "index.html").read_bytes() == before
