@@ -49,19 +49,21 @@ def fill(path: Path, runs: int, *, methods: int = 100) -> None:
                 identifier = f"{number:012x}"
                 scores = base[task] + 0.01 * method + rng.normal(0, 0.05, UNITS)
                 value = float(np.exp(scores.mean()))
-                rows.append(_run(Run, identifier, f"method-{method:03}", f"task-{task:02}", f"model-{model}", seed, number))
+                names = (f"method-{method:03}", f"task-{task:02}", f"model-{model}")
+                rows.append(_run(identifier, *names, seed, number))
                 metrics.append(
                     {
-                        "run_id": identifier, "name": "perplexity", "title": "perplexity", "unit": "", "direction": "lower",
-                        "aggregate": "exp-mean", "primary": True, "value": value, "low": value * 0.97, "high": value * 1.03,
-                        "units": UNITS, "scores": scores.astype("<f8").tobytes(),
+                        "run_id": identifier, "name": "perplexity", "title": "perplexity", "unit": "",
+                        "direction": "lower", "aggregate": "exp-mean", "primary": True, "value": value,
+                        "low": value * 0.97, "high": value * 1.03, "units": UNITS,
+                        "scores": scores.astype("<f8").tobytes(),
                     }
                 )  # fmt: skip
             connection.execute(insert(Run), rows)
             connection.execute(insert(MetricValue), metrics)
 
 
-def _run(table: Any, identifier: str, method: str, task: str, model: str, seed: int, number: int) -> dict[str, Any]:
+def _run(identifier: str, method: str, task: str, model: str, seed: int, number: int) -> dict[str, Any]:
     params = {"bits": 4, "group_size": 64}
     identity = {"method": method, "task": task, "model": model, "seed": seed, "method_params": params}
     return {
@@ -71,7 +73,8 @@ def _run(table: Any, identifier: str, method: str, task: str, model: str, seed: 
         "seed": seed, "method_digest": "m" * 64, "weights_digest": "w" * 64, "data_digest": "d" * 64,
         "environment_digest": "e" * 64, "methodbench_version": "0.1.0", "suite": "synthetic",
         "command": f"methodbench run --method {method} --model {model} --task {task} --seed {seed}",
-        "started_at": START + timedelta(seconds=number), "wall_seconds": 12.5, "phases": {"load": 1.0, "evaluate": 11.5},
+        "started_at": START + timedelta(seconds=number), "wall_seconds": 12.5,
+        "phases": {"load": 1.0, "evaluate": 11.5},
         "peak_memory_bytes": 600_000_000, "storage": "real", "model_bytes": 90_000_000 + number, "bits_per_weight": 4.25,
         "facts": {"tokens": 16384}, "warnings": [], "log_tail": "a line of the log\n" * 4,
     }  # fmt: skip
@@ -95,7 +98,9 @@ def main() -> int:
     """Measure, print, and return 1 when a limit is missed."""
     options = parser(__doc__ or "")
     options.add_argument("--runs", type=int, nargs="+", default=sorted(LIMITS))
-    options.add_argument("--build", nargs=2, type=Path, help="build DATABASE into FOLDER and say what it took")
+    options.add_argument(
+        "--build", nargs=2, type=Path, help="build DATABASE into FOLDER and say what it took"
+    )
     given = options.parse_args()
     if given.build:
         build_once(*given.build)

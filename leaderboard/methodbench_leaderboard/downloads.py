@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import shutil
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,8 +32,14 @@ class Download:
     bytes: int
 
 
-def write(store: Store, records: Records, folder: Path) -> list[Download]:
-    """Write the files to ``folder`` and return them."""
+def write(
+    store: Store, records: Records, documents: Iterable[tuple[str, str]], folder: Path
+) -> list[Download]:
+    """Write the files to ``folder`` and return them.
+
+    Args:
+        documents: (id, JSON text) of every run, oldest first; see :meth:`Records.documents`.
+    """
     table = records.table()
     made = [
         _file(folder, "results.csv", "one row per run and metric", lambda path: _csv(table).write_csv(path)),
@@ -43,7 +49,7 @@ def write(store: Store, records: Records, folder: Path) -> list[Download]:
         ),
         _file(
             folder, "results.json", "one document per run, with facts and settings",
-            lambda path: _json(records, path),
+            lambda path: _json(records.digest, documents, path),
         ),
     ]  # fmt: skip
     database = Path(store.engine.url.database or "") if store.engine.dialect.name == "sqlite" else None
@@ -84,10 +90,10 @@ def _harmless(text: pl.Expr) -> pl.Expr:
     return pl.when(spelled.str.contains(r"^[=+\-@\t]")).then("'" + spelled).otherwise(spelled).name.keep()
 
 
-def _json(records: Records, path: Path) -> None:
+def _json(digest: str, documents: Iterable[tuple[str, str]], path: Path) -> None:
     with path.open("w", encoding="utf-8", newline="\n") as out:
-        out.write(f'{{"methodbench":"{__version__}","database":"{records.digest}","runs":[')
-        for number, (_, text) in enumerate(records.documents(records.frame["id"].to_list())):
+        out.write(f'{{"methodbench":"{__version__}","database":"{digest}","runs":[')
+        for number, (_, text) in enumerate(documents):
             out.write(f"{',' if number else ''}\n{text}")
         out.write("\n]}\n")
 

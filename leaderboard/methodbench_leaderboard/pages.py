@@ -210,8 +210,11 @@ class _Site:
         }
         methods = self._methods()
         counts = Counter(dict(records.frame.group_by("status").len().iter_rows()))
-        files = downloads.write(self.store, records, self.folder)
-        self.jinja.globals["downloads"] = files
+        documents = records.documents(records.frame["id"].to_list())
+        collector = shards.Collector(on_boards)
+        if self.sharded:
+            documents = collector.through(documents)
+        self.jinja.globals["downloads"] = downloads.write(self.store, records, documents, self.folder)
         self._page(
             "index.html", "home.html", section="boards", boards=boards, counts=counts, **self._failures()
         )
@@ -235,7 +238,7 @@ class _Site:
             )  # fmt: skip
         if self.sharded:
             self._page("run.html", "run_viewer.html", section="runs")
-            shards.write(records, on_boards, self.folder / "data" / "runs")
+            collector.write(self.folder / "data" / "runs")
         else:
             self._run_pages(on_boards)
         self._page(

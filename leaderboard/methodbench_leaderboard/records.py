@@ -242,7 +242,10 @@ def _document(row: dict[str, Any], json_names: Sequence[str], metrics: list[dict
     texts = {name: row.pop(name) for name in json_names if name in row}
     row["started_at"] = utc(row["started_at"]).isoformat()
     row["metrics"] = metrics
-    parts = [json.dumps(_finite(row), ensure_ascii=True)[1:-1]]
+    try:
+        parts = [json.dumps(row, allow_nan=False)[1:-1]]
+    except ValueError:
+        parts = [json.dumps(_finite(row))[1:-1]]
     for name, text in texts.items():
         if text is None:
             continue

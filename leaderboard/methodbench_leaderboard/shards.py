@@ -9,10 +9,8 @@ from __future__ import annotations
 import base64
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-
-from methodbench_leaderboard.records import Records
 
 SHARDS = 256
 
@@ -25,16 +23,30 @@ def shard_of(run_id: str) -> int:
     return state % SHARDS
 
 
-def write(records: Records, boards: Mapping[str, str], folder: Path) -> None:
-    """Write every run, with the path of its board, to ``folder``."""
-    folder.mkdir(parents=True)
-    members: dict[int, list[str]] = {}
-    for run_id in records.frame["id"]:
-        members.setdefault(shard_of(run_id), []).append(run_id)
-    for shard, ids in sorted(members.items()):
-        parts = [
-            f'{json.dumps(run_id)}:{{"board":{json.dumps(boards.get(run_id, ""))},"run":{text}}}'
-            for run_id, text in records.documents(ids)
-        ]
-        packed = base64.b64encode(zlib.compress(f"{{{','.join(parts)}}}".encode(), 6)).decode()
-        (folder / f"{shard:02x}.js").write_text(f'methodbenchShard({shard},"{packed}");\n', encoding="ascii")
+class Collector:
+    """Takes the documents of runs as they pass by, and writes them as shards afterwards."""
+
+    def __init__(self, boards: Mapping[str, str]) -> None:
+        """
+        Args:
+            boards: path of the board that a run is on, by the run's id.
+        """
+        self._boards = boards
+        self._parts: dict[int, list[str]] = {}
+
+    def through(self, documents: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+        """Yield (id, JSON text) of runs unchanged, keeping a copy."""
+        for run_id, text in documents:
+            board = json.dumps(self._boards.get(run_id, ""))
+            part = f'{json.dumps(run_id)}:{{"board":{board},"run":{text}}}'
+            self._parts.setdefault(shard_of(run_id), []).append(part)
+            yield run_id, text
+
+    def write(self, folder: Path) -> None:
+        """Write what has passed by to ``folder``, which does not exist yet."""
+        folder.mkdir(parents=True)
+        for shard, parts in sorted(self._parts.items()):
+            packed = base64.b64encode(zlib.compress(f"{{{','.join(parts)}}}".encode(), 6)).decode()
+            (folder / f"{shard:02x}.js").write_text(
+                f'methodbenchShard({shard},"{packed}");\n', encoding="ascii"
+            )
