@@ -75,7 +75,8 @@ def _run(identifier: str, method: str, task: str, model: str, seed: int, number:
         "command": f"methodbench run --method {method} --model {model} --task {task} --seed {seed}",
         "started_at": START + timedelta(seconds=number), "wall_seconds": 12.5,
         "phases": {"load": 1.0, "evaluate": 11.5},
-        "peak_memory_bytes": 600_000_000, "storage": "real", "model_bytes": 90_000_000 + number, "bits_per_weight": 4.25,
+        "peak_memory_bytes": 600_000_000, "storage": "real", "model_bytes": 90_000_000 + number,
+        "bits_per_weight": 4.25,
         "facts": {"tokens": 16384}, "warnings": [], "log_tail": "a line of the log\n" * 4,
     }  # fmt: skip
 
