@@ -167,7 +167,7 @@ def _awq_grid(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> UniformG
     return UniformGrid(scale, (low / scale).round_().neg_().clamp_(0, top), 0, top)
 
 
-def _gptq_range(low: Tensor, high: Tensor, symmetric: bool) -> tuple[Tensor, Tensor]:
+def _gptq_grid(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> UniformGrid:
     low, high = low.clamp(max=0), high.clamp(min=0)
     if symmetric:
         high = torch.maximum(-low, high)
@@ -175,20 +175,12 @@ def _gptq_range(low: Tensor, high: Tensor, symmetric: bool) -> tuple[Tensor, Ten
         # clipped.
         low = torch.where(low < 0, -high, low)
     empty = (low == 0) & (high == 0)
-    return low.masked_fill(empty, -1.0), high.masked_fill(empty, 1.0)
-
-
-def _gptq_levels(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> UniformGrid:
+    low, high = low.masked_fill(empty, -1.0), high.masked_fill(empty, 1.0)
     top = 2**bits - 1
     scale = (high - low) / top
     if symmetric:
         return UniformGrid(scale, None, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
     return UniformGrid(scale, (-low / scale).round_(), 0, top)
-
-
-def _gptq_grid(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> UniformGrid:
-    low, high = _gptq_range(low, high, symmetric)
-    return _gptq_levels(low, high, bits, symmetric)
 
 
 def _absmax_grid(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> UniformGrid:
@@ -247,13 +239,14 @@ def find_grid(
 def find_grid_by_mse(
     x: Tensor,
     bits: int,
+    convention: Convention = "gptq",
     *,
     symmetric: bool = False,
     candidates: int = 100,
     shrink: float = 0.8,
     norm: float = 2.4,
 ) -> UniformGrid:
-    """Return GPTQ's grid after a search over clipped ranges (the ``mse`` option of the authors' quantizer).
+    """Return a convention's grid after a search over clipped ranges (the ``mse`` option of GPTQ's code).
 
     Both ends are multiplied by ``1 - i / candidates`` for ``i < shrink * candidates``; a range wins where the
     sum of ``|q(x) - x| ** norm`` over the group is strictly smaller.
@@ -264,13 +257,13 @@ def find_grid_by_mse(
     Returns:
         A grid whose ``scale`` is [..., 1].
     """
-    low, high = _gptq_range(*torch.aminmax(x, dim=-1, keepdim=True), symmetric)
-    grid = _gptq_levels(low, high, bits, symmetric)
+    low, high = torch.aminmax(x, dim=-1, keepdim=True)
+    grid = CONVENTIONS[convention](low, high, bits, symmetric)
     scale, zero = grid.scale, grid.zero
     least = torch.full_like(scale, torch.inf)
     for i in range(int(shrink * candidates)):
         share = 1 - i / candidates
-        tried = _gptq_levels(share * low, share * high, bits, symmetric)
+        tried = CONVENTIONS[convention](share * low, share * high, bits, symmetric)
         error = tried.snap(x).sub_(x).abs_().pow_(norm).sum(-1, keepdim=True)
         better = error < least
         least = torch.where(better, error, least)
@@ -373,6 +366,9 @@ def fake_quantize(
 ) -> Tensor:
     """Return ``x`` rounded to a grid found from ``x`` itself: dynamic activation quantization.
 
+    Where ``x`` needs gradients they pass rounding as if it were the identity, and reach the extremes that the grid
+    follows from.
+
     Args:
         x: floating [..., features].
         granularity: ``token`` for one grid per vector along the last axis, ``tensor`` for one grid in all.
@@ -389,7 +385,9 @@ def fake_quantize(
         grouped = x.reshape(1, -1)
     else:
         grouped = x if group_size == -1 else groups_of(x, group_size, "the activation")
-    return find_grid(grouped, bits, convention, symmetric=symmetric, clip=clip).snap(grouped).view_as(x)
+    grid = find_grid(grouped, bits, convention, symmetric=symmetric, clip=clip)
+    needs_gradients = grouped.requires_grad and torch.is_grad_enabled()
+    return (grid.pass_through(grouped) if needs_gradients else grid.snap(grouped)).view_as(x)
 
 
 def static_grid(absmax: Tensor | float, bits: int) -> UniformGrid:

@@ -309,6 +309,19 @@ class Hadamard(nn.Module):
         return f"heads={self.heads}, fp32={self.fp32}"
 
 
+class AcrossHeads(nn.Module):
+    """Applies a module to the heads of every token side by side, as the layer before attention made them."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``inner`` of [batch, tokens, heads * head size] for ``x`` [batch, heads, tokens, head size]."""
+        tokens = x.transpose(1, 2)
+        return self.inner(tokens.flatten(2)).view(tokens.shape).transpose(1, 2)
+
+
 class TransformedInput(nn.Module):
     """``linear(transform(x))``: a layer behind an operation that its weight has been adapted to.
 

@@ -26,6 +26,7 @@ from methodbench.errors import DivergedError
 from methodbench.params import hyperparameters
 from methodbench.torchkit.model import Calibration, LoadedModel
 from methodbench.torchkit.quantizers import (
+    Convention,
     Quantized,
     UniformGrid,
     find_grid,
@@ -35,7 +36,13 @@ from methodbench.torchkit.quantizers import (
 )
 from methodbench.torchkit.sequential import BlockStep, Observer, walk
 from methodbench_quant.llm.layers import finished, open_copy, replace_linear, weight_of
-from methodbench_quant.llm.settings import ActivationSettings, Bits, GroupSize, check_group_size
+from methodbench_quant.llm.settings import (
+    ActivationSettings,
+    Bits,
+    GroupSize,
+    check_convention,
+    check_group_size,
+)
 
 #: Calibration tokens per input column below which the Hessian follows the calibration text too closely.
 TOKENS_PER_COLUMN = 4
@@ -50,6 +57,7 @@ class GPTQ(ActivationSettings):
 
     bits: Bits = 4
     group_size: GroupSize = -1
+    convention: Annotated[Convention, Field(description="how a grid follows from the extremes")] = "gptq"
     symmetric: Annotated[bool, Field(description="grid without zero point")] = False
     mse: Annotated[bool, Field(description="search the clipping of every grid")] = False
     percdamp: Annotated[
@@ -67,6 +75,7 @@ class GPTQ(ActivationSettings):
     @model_validator(mode="after")
     def _check(self) -> Self:
         check_group_size(self.group_size)
+        check_convention(self.convention, self.symmetric)
         if self.static_groups and self.group_size == -1:
             raise ValueError("static_groups needs a group_size: without one every grid is fixed anyway")
         return self
@@ -102,6 +111,7 @@ class GPTQ(ActivationSettings):
             hessian.matrix,
             bits=self.bits,
             group_size=self.group_size,
+            convention=self.convention,
             symmetric=self.symmetric,
             mse=self.mse,
             percdamp=self.percdamp,
@@ -248,6 +258,7 @@ def gptq(
     *,
     bits: int,
     group_size: int = -1,
+    convention: Convention = "gptq",
     symmetric: bool = False,
     mse: bool = False,
     percdamp: float = 0.01,
@@ -275,8 +286,8 @@ def gptq(
 
     def grid_of(columns_of_group: Tensor) -> UniformGrid:
         if mse:
-            return find_grid_by_mse(columns_of_group, bits, symmetric=symmetric)
-        return find_grid(columns_of_group, bits, "gptq", symmetric=symmetric)
+            return find_grid_by_mse(columns_of_group, bits, convention, symmetric=symmetric)
+        return find_grid(columns_of_group, bits, convention, symmetric=symmetric)
 
     grouped = groups_of(weight, group_size, name)
     if not bool(torch.isfinite(weight).all()):

@@ -30,7 +30,13 @@ from methodbench.torchkit.quantizers import (
     require_finite,
 )
 from methodbench_quant.llm.layers import finished, open_copy, replace_linear, weight_of
-from methodbench_quant.llm.settings import ActivationSettings, Bits, GroupSize, check_group_size
+from methodbench_quant.llm.settings import (
+    ActivationSettings,
+    Bits,
+    GroupSize,
+    check_convention,
+    check_group_size,
+)
 
 
 @hyperparameters
@@ -51,17 +57,16 @@ class RTN(ActivationSettings):
             "input channel, or the whole tensor"
         ),
     ] = "input"
-    mse: Annotated[bool, Field(description="search the clipping of every grid (convention gptq)")] = False
+    mse: Annotated[bool, Field(description="search the clipping of every grid")] = False
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         check_group_size(self.group_size)
-        if self.convention == "absmax" and not self.symmetric:
-            raise ValueError("the convention absmax is symmetric only: set symmetric to true")
+        check_convention(self.convention, self.symmetric)
         if self.along == "tensor" and self.group_size != -1:
             raise ValueError("along = tensor leaves no group_size to choose: set it to -1")
-        if self.mse and (self.convention != "gptq" or self.along != "input"):
-            raise ValueError("mse is the clip search of the convention gptq along input columns")
+        if self.mse and self.along != "input":
+            raise ValueError("mse searches the clipping of groups along input columns only")
         return self
 
     def compress(self, model: LoadedModel, data: Calibration, ctx: Context) -> LoadedModel:
@@ -81,7 +86,7 @@ class RTN(ActivationSettings):
         if self.mse:
             require_finite(weight, name)
             grouped = groups_of(weight, self.group_size, name)
-            grid = find_grid_by_mse(grouped, self.bits, symmetric=self.symmetric)
+            grid = find_grid_by_mse(grouped, self.bits, self.convention, symmetric=self.symmetric)
             return on_grid(grouped, grid, self.bits, name)
         return quantize(
             weight,

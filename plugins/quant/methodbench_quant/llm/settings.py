@@ -79,3 +79,9 @@ def check_group_size(group_size: int, name: str = "group_size") -> None:
     """Raise ValueError for 0, the one value in range that means nothing."""
     if group_size == 0:
         raise ValueError(f"{name} is the number of columns that share a scale, or -1; it cannot be 0")
+
+
+def check_convention(convention: str, symmetric: bool) -> None:
+    """Raise ValueError for the convention that has no asymmetric grid, asked for one."""
+    if convention == "absmax" and not symmetric:
+        raise ValueError("the convention absmax is symmetric only: set symmetric to true")
