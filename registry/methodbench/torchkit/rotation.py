@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from methodbench.errors import NotApplicableError
+from methodbench.errors import DivergedError, NotApplicableError
 from methodbench.torchkit.hadamard import hadamard_transform
 from methodbench.torchkit.model import LoadedModel, set_submodule, set_weight
 
@@ -357,7 +357,11 @@ def rotate_online(module: nn.Module, name: str, *, fp32: bool = False) -> None:
 
 
 def probe_logits(model: LoadedModel) -> Tensor:
-    """Return the logits of a few tokens, float64 [tokens, vocabulary]."""
+    """Return the logits of a few tokens, float64 [tokens, vocabulary].
+
+    Raises:
+        DivergedError: they are not finite.
+    """
     embedding = model.adapter.embedding(model.module)
     assert embedding is not None
     vocabulary = embedding.get_parameter("weight").shape[0]
@@ -365,6 +369,8 @@ def probe_logits(model: LoadedModel) -> Tensor:
     with torch.no_grad():
         output = model.module(tokens.to(next(model.module.parameters()).device))
     logits: Tensor = getattr(output, "logits", output)
+    if not bool(torch.isfinite(logits).all()):
+        raise DivergedError(f"the logits of {model.name} hold NaN or infinity")
     return logits[0].double()
 
 

@@ -60,7 +60,7 @@ class BlockStep:
                 for name, observer in (observers or {}).items():
                     submodule = self.block.get_submodule(name)
                     hooks.callback(_observe(submodule, observer, x.shape[:-1]).remove)
-                outputs.append(_hidden(self.block(x, **kwargs)))
+                outputs.append(hidden_of(self.block(x, **kwargs)))
         return outputs
 
 
@@ -97,7 +97,7 @@ def walk(
             "The method must list 'calibration' in its needs, and the task must offer calibration data.",
         )
     names = model.adapter.block_names(model.module)
-    inputs, arguments = _capture(model, _batches(data.inputs, batch_size))
+    inputs, arguments = capture_blocks(model, batches_of(data.inputs, batch_size))
     for index, name in enumerate(names):
         step = BlockStep(index, name, model.module.get_submodule(name), inputs, arguments[index])
         last = index == len(names) - 1
@@ -116,7 +116,9 @@ class _Captured(Exception):
     """Leaves the model's forward pass once the last block was reached."""
 
 
-def _capture(model: LoadedModel, batches: list[Tensor]) -> tuple[list[Tensor], list[list[dict[str, Any]]]]:
+def capture_blocks(
+    model: LoadedModel, batches: list[Tensor]
+) -> tuple[list[Tensor], list[list[dict[str, Any]]]]:
     """Return the hidden states that enter the first block, and the other arguments of every block, per batch.
 
     The model runs with every block standing in for the identity, which costs no more than its embedding.
@@ -182,7 +184,7 @@ def _capture(model: LoadedModel, batches: list[Tensor]) -> tuple[list[Tensor], l
     return inputs, arguments
 
 
-def _batches(inputs: Tensor, batch_size: int | None) -> list[Tensor]:
+def batches_of(inputs: Tensor, batch_size: int | None) -> list[Tensor]:
     if batch_size is None:
         tokens = inputs.ndim == 2 and not inputs.is_floating_point()
         batch_size = max(1, _BATCH_TOKENS // inputs.shape[1]) if tokens else _BATCH_IMAGES
@@ -209,7 +211,7 @@ def _observe(submodule: nn.Module, observer: Observer, leading: torch.Size) -> R
     return submodule.register_forward_pre_hook(hook, with_kwargs=True)
 
 
-def _hidden(output: Any) -> Tensor:
+def hidden_of(output: Any) -> Tensor:
     hidden = output[0] if isinstance(output, tuple) else output
     assert isinstance(hidden, Tensor)
     return hidden
