@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers as hf
+from torch import Tensor
 
+from methodbench.context import Context
+from methodbench.errors import SourceError
+from methodbench.sources import data_path, fetch
 from methodbench.torchkit.adapters import detect
 from methodbench.torchkit.model import Calibration, LoadedModel
+from methodbench.torchkit.packed import materialized
+from methodbench_quant.models.causal_lm import GGUFCausalLM
+from methodbench_quant.models.entries import MODELS
 
 VOCABULARY = 64
+LENGTH = 512
 
 _SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -66,5 +75,48 @@ def error() -> Callable[[LoadedModel, LoadedModel], float]:
         ids = torch.randint(VOCABULARY, (8, 24), generator=torch.Generator().manual_seed(2))
         with torch.no_grad():
             return float((model.module(ids).logits - reference.module(ids).logits).square().mean())
+
+    return measure
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    """SmolLM2-135M in fp32; tests that use it are skipped where its weights cannot be had."""
+    entry = next(model for model in MODELS if model.name == "smollm2-135m")
+    try:
+        source = fetch(entry.source, sha256=entry.sha256).path
+    except SourceError as error:
+        pytest.skip(f"no weights: {error}")
+    folder = tmp_path_factory.mktemp("smollm2")
+    loader = GGUFCausalLM(**entry.options)
+    loader.prepare(source, folder, Context())
+    return loader.load(folder, Context())
+
+
+@pytest.fixture
+def windows(smollm2: LoadedModel) -> Callable[[str, int], Tensor]:
+    """Gives the first windows of a split of WikiText-2 for SmolLM2, [windows, 512]."""
+
+    def read(split: str, count: int) -> Tensor:
+        path = data_path(f"wikitext2/{split}.txt")
+        if path is None:
+            pytest.skip("set METHODBENCH_DATA to a folder with wikitext2/")
+        text = Path(path).read_text(encoding="utf-8")[: 16 * count * LENGTH]
+        return torch.tensor(smollm2.tokenizer(text)["input_ids"][: count * LENGTH]).view(count, LENGTH)
+
+    return read
+
+
+@pytest.fixture
+def perplexity(windows: Callable[[str, int], Tensor]) -> Callable[[LoadedModel], float]:
+    """Perplexity on the first four windows of WikiText-2's test split: 25.49 for dense SmolLM2."""
+
+    def measure(model: LoadedModel) -> float:
+        losses = []
+        with torch.no_grad(), materialized(model.module):
+            for window in windows("test", 4):
+                logits = model.module(window[None], use_cache=False).logits[0, :-1]
+                losses.append(torch.nn.functional.cross_entropy(logits, window[1:]))
+        return float(torch.stack(losses).mean().exp())
 
     return measure

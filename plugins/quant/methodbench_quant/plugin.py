@@ -69,4 +69,10 @@ def methodbench_suites() -> list[SuiteFile]:
             path="suites/llm-weight-only.yaml",
             summary="rtn, gptq and awq at 4, 3 and 2 bits, per channel and in groups, on perplexity and PIQA.",
         ),
+        SuiteFile(
+            name="llm-rotation",
+            package="methodbench_quant",
+            path="suites/llm-rotation.yaml",
+            summary="Rotation and reconstruction where rounding to nearest breaks the model: W4A4, KV4, W3 and W2.",
+        ),
     ]

@@ -270,16 +270,23 @@ def parts_of(model: LoadedModel, block_name: str) -> Parts:
             f"{block_name} of {model.name} is not one attention and one feed-forward network, each behind a norm",
             "ABQ-LLM transforms blocks like those of Llama and OPT.",
         )
+
+    def heads(role: str) -> int:
+        return int(block.get_submodule(names[role]).out_features) // size  # type: ignore[arg-type]
+
     return Parts(
-        norms[0],
-        norms[1],
-        *(names[role] for role in ("q", "k", "v", "o")),
-        names.get("gate", ""),
-        names.get("up", names.get("fc1", "")),
-        names.get("down", names.get("fc2", "")),
-        size,
-        int(block.get_submodule(names["q"]).out_features) // size,  # type: ignore[arg-type]
-        int(block.get_submodule(names["k"]).out_features) // size,  # type: ignore[arg-type]
+        attention_norm=norms[0],
+        mlp_norm=norms[1],
+        q=names["q"],
+        k=names["k"],
+        v=names["v"],
+        o=names["o"],
+        gate=names.get("gate", ""),
+        up=names.get("up", names.get("fc1", "")),
+        down=names.get("down", names.get("fc2", "")),
+        head_dim=size,
+        heads=heads("q"),
+        kv_heads=heads("k"),
     )
 
 

@@ -20,6 +20,50 @@ _GRIDS: dict[str, dict[str, Any]] = {
     "w2g64": {"bits": 2, "group_size": 64},
 }
 
+_W4A4: dict[str, Any] = {"w_bits": 4, "w_clip": True, "a_bits": 4, "a_clip_ratio": 0.9}
+_KV4: dict[str, Any] = {
+    **{f"{part}_bits": 4 for part in "kv"},
+    **{f"{part}_asym": True for part in "kv"},
+    **{f"{part}_clip_ratio": 0.95 for part in "kv"},
+}
+
+QUAROT = Method(
+    name="quarot",
+    kind="compressor",
+    family="quant",
+    impl="methodbench_quant.llm.quarot:QuaRot",
+    summary="Rotates the residual stream and the heads so that no channel stands out, then rounds everything.",
+    applies_to=("causal-lm",),
+    paper=Paper(
+        title="QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs",
+        arxiv="2404.00456",
+        venue="NeurIPS",
+        year=2024,
+        authors=(
+            "Saleh Ashkboos and Amirkeivan Mohtashami and Maximilian L. Croci and Bo Li and Pashmina Cameron and "
+            "Martin Jaggi and Dan Alistarh and Torsten Hoefler and James Hensman"
+        ),
+        code="spcl/QuaRot",
+    ),
+    needs=("calibration",),
+    presets={
+        "rotate": {},
+        "rotate-exact": {"subtract_embed_mean": False},
+        "w4a4": _W4A4,
+        "w4a4-rtn": {**_W4A4, "w_rounding": "rtn"},
+        "w4a4kv4": {**_W4A4, **_KV4},
+        "w4": {"w_bits": 4, "w_clip": True},
+        "w3": {"w_bits": 3, "w_clip": True},
+        "w3g64": {"w_bits": 3, "w_clip": True, "w_group_size": 64},
+        "w2g64": {"w_bits": 2, "w_asym": True, "w_clip": True, "w_group_size": 64},
+    },
+    claims="quarot.toml",
+    fidelity="authors-code",
+    parity="spcl/QuaRot 5008669",
+    properties=("deterministic",),
+    extra="quant",
+)
+
 METHODS: list[Method] = [
     Method(
         name="rtn",
@@ -33,6 +77,13 @@ METHODS: list[Method] = [
             "w8a8": {"bits": 8, "convention": "absmax", "symmetric": True, "a_bits": 8},
             "w4a8": {"bits": 4, "convention": "omni", "a_bits": 8, "a_convention": "omni"},
             "w4a4": {"bits": 4, "convention": "omni", "a_bits": 4, "a_convention": "omni"},
+            "w4a4-symmetric": {
+                "bits": 4,
+                "convention": "absmax",
+                "symmetric": True,
+                "mse": True,
+                "a_bits": 4,
+            },
         },
         claims="rtn.toml",
         fidelity="authors-code",
@@ -96,4 +147,5 @@ METHODS: list[Method] = [
         properties=("deterministic", "monotone:bits"),
         extra="quant",
     ),
+    QUAROT,
 ]
