@@ -25,8 +25,8 @@ from methodbench.errors import MethodbenchError
 from methodbench.stats import (
     PairedDifference,
     aggregate,
-    bootstrap_interval,
-    paired_difference,
+    bootstrap_intervals,
+    paired_differences,
     rank_intervals,
 )
 from methodbench.store import MetricValue
@@ -425,28 +425,32 @@ def _estimates(part: pl.DataFrame, records: Records) -> dict[tuple[str, str], di
     """Return the estimates of each cell by metric; a cell goes by its question and the id of its first run."""
     metrics = records.metrics(part.filter(pl.col("status") == "ok")["id"])
     cells = part.group_by("question", "method", "params_json", maintain_order=True).agg("id")
-    found = {}
+    found: dict[tuple[str, str], dict[str, Estimate]] = {}
+    averaged: dict[tuple[int, str], list[tuple[tuple[str, str], MetricInfo, tuple[float, ...], Array]]] = {}
     for question, _, _, ids in cells.iter_rows():
+        key = question, ids[0]
+        found[key] = {}
         by_name: dict[str, list[MetricValue]] = defaultdict(list)
         for run_id in ids:
             for metric in metrics.get(run_id, ()):
                 by_name[metric.name].append(metric)
-        found[question, ids[0]] = {name: _estimate(rows) for name, rows in by_name.items()}
+        for name, rows in by_name.items():
+            info, by_seed = metric_info(rows[0]), tuple(number(row.value) for row in rows)
+            scores = [row.unit_scores() for row in rows]
+            if len(rows) == 1:
+                found[key][name] = Estimate(info, by_seed[0], rows[0].low, rows[0].high, scores[0], by_seed)
+            elif len({len(each) for each in scores}) > 1 or not scores[0].size:
+                found[key][name] = Estimate(info, float(np.mean(by_seed)), None, None, np.empty(0), by_seed)
+            else:
+                with np.errstate(invalid="ignore"):
+                    mean = np.mean(scores, axis=0)
+                averaged.setdefault((mean.size, info.aggregate), []).append((key, info, by_seed, mean))
+    for (_, how), members in averaged.items():
+        intervals = bootstrap_intervals(np.stack([mean for *_, mean in members]), how)
+        for (key, info, by_seed, mean), interval in zip(members, intervals, strict=True):
+            low, high = interval or (None, None)
+            found[key][info.name] = Estimate(info, aggregate(mean, how), low, high, mean, by_seed)
     return found
-
-
-def _estimate(metrics: Sequence[MetricValue]) -> Estimate:
-    info = metric_info(metrics[0])
-    by_seed = tuple(number(metric.value) for metric in metrics)
-    scores = [metric.unit_scores() for metric in metrics]
-    if len(metrics) == 1:
-        return Estimate(info, by_seed[0], metrics[0].low, metrics[0].high, scores[0], by_seed)
-    if len({len(each) for each in scores}) > 1 or not scores[0].size:
-        return Estimate(info, float(np.mean(by_seed)), None, None, np.empty(0), by_seed)
-    with np.errstate(invalid="ignore"):
-        averaged = np.mean(scores, axis=0)
-    low, high = bootstrap_interval(averaged, info.aggregate) or (None, None)
-    return Estimate(info, aggregate(averaged, info.aggregate), low, high, averaged, by_seed)
 
 
 def number(value: float | None) -> float:
@@ -467,10 +471,8 @@ def _compare(rows: Sequence[Row], question: Question) -> None:
     ]
     baseline = next((row for row in scored if row.baseline), None)
     reference = baseline.cells[question.key].primary if baseline else None
-    for row in scored:
-        cell = row.cells[question.key]
-        if reference is not None and row is not baseline and cell.primary is not None:
-            cell.difference = _difference(cell.primary, reference)
+    if reference is not None:
+        _differ([row.cells[question.key] for row in scored if row is not baseline], reference)
     by_positions: dict[str, list[Cell]] = defaultdict(list)
     for row in scored:
         if not row.baseline:
@@ -479,13 +481,24 @@ def _compare(rows: Sequence[Row], question: Question) -> None:
         _rank(cells, question.metric)
 
 
-def _difference(estimate: Estimate, reference: Estimate) -> PairedDifference | None:
-    if estimate.scores.shape != reference.scores.shape or not estimate.scores.size:
-        return None
-    if not (np.isfinite(estimate.scores).all() and np.isfinite(reference.scores).all()):
-        return None
-    found = paired_difference(estimate.scores, reference.scores, estimate.metric.aggregate)
-    return found if math.isfinite(found.difference) else None
+def _differ(cells: Sequence[Cell], reference: Estimate) -> None:
+    """Set the paired differences to ``reference`` of the cells that were scored on the same units."""
+    if reference.scores.size < 2 or not np.isfinite(reference.scores).all():
+        return
+    chosen = [
+        (cell, cell.primary.scores)
+        for cell in cells
+        if cell.primary is not None
+        and cell.primary.scores.shape == reference.scores.shape
+        and np.isfinite(cell.primary.scores).all()
+    ]
+    if not chosen:
+        return
+    rows = np.stack([scores for _, scores in chosen])
+    found = paired_differences(rows, reference.scores, reference.metric.aggregate)
+    for (cell, _), difference in zip(chosen, found, strict=True):
+        if math.isfinite(difference.difference):
+            cell.difference = difference
 
 
 def _rank(cells: Sequence[Cell], metric: MetricInfo) -> None:

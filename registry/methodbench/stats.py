@@ -25,6 +25,7 @@ drawn from, double precision computes that exactly.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -80,9 +81,57 @@ def _resample(units: int, draws: int, seed: int, use: Callable[[Indices], Array]
     step = max(1, _SLICE // max(units, 1))
     parts = []
     for start in range(0, draws, step):
-        words = random_words(seed, _BOOTSTRAP, range(start, min(start + step, draws)), units)
-        parts.append(use(((words.astype(np.uint64) * np.uint64(units)) >> np.uint64(32)).astype(np.int64)))
+        parts.append(use(_indices(units, range(start, min(start + step, draws)), seed)))
     return np.concatenate(parts)
+
+
+def _indices(units: int, draws: range, seed: int) -> Indices:
+    words = random_words(seed, _BOOTSTRAP, draws, units)
+    return ((words.astype(np.uint64) * np.uint64(units)) >> np.uint64(32)).astype(np.int64)
+
+
+def resampled_aggregates(rows: Array, how: str, *, draws: int = DRAWS, seed: int = SEED) -> Array:
+    """Aggregates of bootstrap resamples of units, the same resamples for every row.
+
+    Args:
+        rows: scores [rows, units]; NaN-free.
+
+    Returns:
+        [draws, rows].
+    """
+    # Rows that are equal must stay equal: a matrix product may add them up in different orders.
+    distinct, places = np.unique(rows, axis=0, return_inverse=True)
+    units = rows.shape[1]
+    values = np.empty((draws, len(distinct)))
+    by_product = (
+        np.isfinite(distinct).all(axis=1) if how in ("mean", "exp-mean") else np.zeros(len(distinct), bool)
+    )
+    step = max(1, _SLICE // units)
+    if by_product.any():
+        for start in range(0, draws, step):
+            part = range(start, min(start + step, draws))
+            values[start : part.stop, by_product] = (
+                _counts(units, part, seed) @ distinct[by_product].T / units
+            )
+        if how == "exp-mean":
+            with np.errstate(over="ignore"):
+                np.exp(values, out=values, where=by_product)
+    if not by_product.all():
+        rest = distinct[~by_product]
+        values[:, ~by_product] = _resample(
+            units, draws, seed, lambda index: np.stack([_reduce(row[index], how) for row in rest], axis=1)
+        )
+    return values[:, places.ravel()]
+
+
+@functools.lru_cache(maxsize=4)
+def _counts(units: int, draws: range, seed: int) -> Array:
+    """Return how often each unit is in each bootstrap draw, float64 [draws, units]."""
+    index = _indices(units, draws, seed)
+    flat = index + units * np.arange(len(draws))[:, None]
+    return (
+        np.bincount(flat.ravel(), minlength=units * len(draws)).reshape(len(draws), units).astype(np.float64)
+    )
 
 
 # --- one method: values and intervals ---------------------------------------------------------------------------
@@ -140,6 +189,24 @@ def bootstrap_interval(
         (low, high), or None where one unit, or an aggregate of ``single``, leaves nothing to resample.
     """
     return difference_interval(scores, None, how, draws=draws, level=level, seed=seed)
+
+
+def bootstrap_intervals(
+    rows: Array, how: str, *, draws: int = DRAWS, level: float = LEVEL, seed: int = SEED
+) -> list[tuple[float, float] | None]:
+    """Return :func:`bootstrap_interval` of each of many rows [rows, units], sharing the resamples."""
+    whole: NDArray[np.bool_] = np.logical_not(np.isnan(rows).any(axis=1))
+    if rows.shape[1] < 2 or how == "single":
+        return [None] * len(rows)
+    found: list[tuple[float, float] | None] = [
+        None if complete else bootstrap_interval(row, how, draws=draws, level=level, seed=seed)
+        for row, complete in zip(rows, whole, strict=True)
+    ]
+    if whole.any():
+        low, high = _percentiles(resampled_aggregates(rows[whole], how, draws=draws, seed=seed), level)
+        for place, *ends in zip(np.flatnonzero(whole), low, high, strict=True):
+            found[place] = (float(ends[0]), float(ends[1]))
+    return found
 
 
 # --- two methods ------------------------------------------------------------------------------------------------
@@ -235,6 +302,32 @@ def paired_difference(
     return PairedDifference(value_a, value_b, value_a - value_b, low, high, p_value, int(a.size))
 
 
+def paired_differences(
+    rows: Array, reference: Array, how: str, *, draws: int = DRAWS, level: float = LEVEL, seed: int = SEED
+) -> list[PairedDifference]:
+    """Return :func:`paired_difference` of each of many rows [rows, units] and one reference [units].
+
+    All scores are finite and there are two units or more.
+    """
+    both = np.concatenate([rows, reference[None]])
+    drawn = resampled_aggregates(both, how, draws=draws, seed=seed)
+    low, high = _percentiles(drawn[:, :-1] - drawn[:, -1:], level)
+    values = _reduce(both, how)
+    p_values = permutation_tests(rows - reference, draws=draws, seed=seed)
+    return [
+        PairedDifference(
+            value_a=float(values[place]),
+            value_b=float(values[-1]),
+            difference=float(values[place] - values[-1]),
+            low=float(low[place]),
+            high=float(high[place]),
+            p_value=float(p_values[place]),
+            units=rows.shape[1],
+        )
+        for place in range(len(rows))
+    ]
+
+
 def permutation_test(differences: Array, *, draws: int = DRAWS, seed: int = SEED) -> float:
     """Two-sided sign-flip test that paired differences [units] are centred on zero.
 
@@ -246,22 +339,37 @@ def permutation_test(differences: Array, *, draws: int = DRAWS, seed: int = SEED
         The share of arrangements whose mean is at least as far from zero as the observed one; NaN where the mean is
         not finite.
     """
-    observed = abs(float(differences.mean())) if differences.size else math.nan
-    if not math.isfinite(observed):
-        return math.nan
+    return (
+        float(permutation_tests(differences[None], draws=draws, seed=seed)[0])
+        if differences.size
+        else math.nan
+    )
+
+
+def permutation_tests(rows: Array, *, draws: int = DRAWS, seed: int = SEED) -> Array:
+    """Return :func:`permutation_test` of each row of differences [rows, units], sharing the arrangements."""
+    with np.errstate(invalid="ignore"):
+        observed = np.abs(rows.sum(axis=1))
+    finite = np.isfinite(observed) & np.isfinite(rows).all(axis=1)
+    found = np.full(len(rows), np.nan)
+    if not finite.any():
+        return found
     # The tolerance counts arrangements that equal the observed one but for the order of summation.
-    bar = observed * (1 - 1e-12)
-    arrangements = 2**differences.size
-    if arrangements <= _EXACT:
-        bits = np.arange(arrangements)[:, None] >> np.arange(differences.size) & 1
-        return float((np.abs(((bits * 2 - 1) * differences).mean(axis=1)) >= bar).mean())
-    step = max(1, _SLICE // differences.size)
-    extreme = 1
-    for start in range(0, draws, step):
-        words = random_words(seed, _PERMUTATION, range(start, min(start + step, draws)), differences.size)
-        signs = np.where(words >> np.uint32(31), 1.0, -1.0)
-        extreme += int((np.abs((signs * differences).mean(axis=1)) >= bar).sum())
-    return extreme / (draws + 1)
+    bar = observed[finite] * (1 - 1e-12)
+    units = rows.shape[1]
+    exact = 2**units <= _EXACT
+    total = 2**units if exact else draws
+    extreme = np.zeros(finite.sum(), dtype=np.int64)
+    step = max(1, _SLICE // units)
+    for start in range(0, total, step):
+        part = range(start, min(start + step, total))
+        if exact:
+            signs = (np.arange(part.start, part.stop)[:, None] >> np.arange(units) & 1) * 2.0 - 1.0
+        else:
+            signs = np.where(random_words(seed, _PERMUTATION, part, units) >> np.uint32(31), 1.0, -1.0)
+        extreme += (np.abs(signs @ rows[finite].T) >= bar).sum(axis=0)
+    found[finite] = extreme / total if exact else (extreme + 1) / (total + 1)
+    return found
 
 
 def wilcoxon(differences: Array) -> tuple[float, float]:
@@ -345,13 +453,11 @@ def rank_intervals(
     point = ranks(np.stack([_reduce(row[None], how) for row in filled], axis=1))[0]
     if filled.shape[1] < 2 or how == "single":
         return np.stack([point, point, point], axis=1).astype(np.int64)
-    drawn = _resample(
-        filled.shape[1],
-        draws,
-        seed,
-        lambda index: ranks(np.stack([_reduce(row[index], how) for row in filled], axis=1)),
-    )
-    low, high = _percentiles(drawn, level)
+    drawn = resampled_aggregates(filled, how, draws=draws, seed=seed)
+    # A slice of draws at a time: every pair of methods is compared in each.
+    step = max(1, _SLICE // filled.shape[0] ** 2)
+    places = np.concatenate([ranks(drawn[start : start + step]) for start in range(0, draws, step)])
+    low, high = _percentiles(places, level)
     return np.stack([point, np.minimum(low, point), np.maximum(high, point)], axis=1).astype(np.int64)
 
 

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
+from methodbench import stats
 from methodbench.stats import (
     aggregate,
     bootstrap_interval,
@@ -375,3 +376,34 @@ def test_an_interaction_is_told_from_the_sum_of_its_links() -> None:
     assert interaction(base[:1], [a[:1]], b[:1], "mean").high == np.inf
     with pytest.raises(ValueError, match="differ in length"):
         interaction(base, [a], b[:-1], "mean")
+
+
+@pytest.mark.parametrize("how", ["mean", "exp-mean", "median"])
+def test_many_rows_at_once_have_the_intervals_and_tests_of_each_alone(how):
+    rng = np.random.default_rng(5)
+    rows = rng.normal(1.0, 0.5, (6, 40))
+    rows[3] = rows[1]
+    reference = rng.normal(1.0, 0.5, 40)
+    intervals = stats.bootstrap_intervals(rows, how)
+    differences = stats.paired_differences(rows, reference, how)
+    for row, interval, difference in zip(rows, intervals, differences, strict=True):
+        assert interval == pytest.approx(stats.bootstrap_interval(row, how), rel=1e-12)
+        alone = stats.paired_difference(row, reference, how)
+        assert [
+            getattr(difference, name) for name in ("difference", "low", "high", "p_value")
+        ] == pytest.approx(
+            [getattr(alone, name) for name in ("difference", "low", "high", "p_value")], rel=1e-9
+        )
+    # Equal rows tie exactly, wherever they stand.
+    assert intervals[3] == intervals[1]
+    drawn = stats.resampled_aggregates(rows, how)
+    assert (drawn[:, 3] == drawn[:, 1]).all()
+
+
+def test_rows_with_missing_or_infinite_scores_are_resampled_beside_whole_ones():
+    rows = np.random.default_rng(6).normal(size=(3, 20))
+    rows[1, 4] = np.nan
+    rows[2, 7] = np.inf
+    found = stats.bootstrap_intervals(rows, "mean")
+    for row, interval in zip(rows, found, strict=True):
+        assert interval == pytest.approx(stats.bootstrap_interval(row, "mean"))
