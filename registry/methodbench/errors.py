@@ -85,3 +85,7 @@ class NotApplicableError(MethodbenchError):
 
 class DivergedError(MethodbenchError):
     """Raised inside a worker when the result is not finite: recorded as failed with this reason."""
+
+
+class CapsuleError(MethodbenchError):
+    """A file of records that cannot be written, or that is not to be trusted."""

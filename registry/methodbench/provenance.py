@@ -142,6 +142,30 @@ def _imports(source: bytes, module: str, *, is_package: bool) -> list[str]:
 
 
 @functools.cache
+def wheel(distribution: str) -> str:
+    """Return name, version and content digest of an installed distribution; empty for one that is not installed.
+
+    The digest covers the paths, sizes and sha256 of the files that the wheel brought, as its ``RECORD`` lists them, so
+    it is the same wherever that wheel is installed. An editable installation has no such content and says so.
+    """
+    try:
+        found = importlib.metadata.distribution(distribution)
+    except (importlib.metadata.PackageNotFoundError, ValueError):
+        return ""
+    lines = []
+    for line in (found.read_text("RECORD") or "").splitlines():
+        path = line.split(",")[0]
+        # The installer wrote these: scripts outside the package, its own notes, compiled files.
+        own = path.startswith("..") or path.endswith(".pyc")
+        if not own and path.rpartition("/")[2] not in ("RECORD", "INSTALLER", "REQUESTED", "direct_url.json"):
+            lines.append(line)
+    name = f"{found.metadata['Name']} {found.version}"
+    if not any(line.split(",")[0].endswith(".py") for line in lines):
+        return f"{name} editable"
+    return f"{name} sha256:{hashlib.sha256(chr(10).join(sorted(lines)).encode()).hexdigest()}"
+
+
+@functools.cache
 def environment() -> Mapping[str, Any]:
     """Return a description of the machine and its software, captured once per process.
 

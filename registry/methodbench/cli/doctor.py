@@ -14,13 +14,18 @@ from methodbench.cli.output import db_option, size
 
 if TYPE_CHECKING:
     from methodbench.catalog import Catalog
+    from methodbench.store import Store
+    from methodbench.store.repair import Findings
 
 Say = Callable[[bool | None, str], None]
 
 
 @click.command()
+@click.option(
+    "--repair", is_flag=True, help="Put the database right where that can be done; the original is kept."
+)
 @db_option
-def doctor(db: str | None) -> int:
+def doctor(repair: bool, db: str | None) -> int:
     """Check the installation, the plugins, the cache and the database; exit code 1 when something is wrong."""
     import psutil
 
@@ -66,7 +71,7 @@ def doctor(db: str | None) -> int:
         )
     if sources.is_offline():
         say(None, "offline: nothing will be fetched")
-    wrong += _check_database(db, say)
+    wrong += _check_database(db, repair, say)
     return 1 if wrong else 0
 
 
@@ -110,28 +115,64 @@ def _check_claims(catalog: Catalog, say: Say) -> int:
     return wrong
 
 
-def _check_database(db: str | None, say: Say) -> int:
-    from sqlalchemy import text
-
+def _check_database(db: str | None, repair: bool, say: Say) -> int:
     from methodbench.errors import StoreError
     from methodbench.store import open_store
     from methodbench.store.location import default_url
+    from methodbench.store.repair import examine, mend, rebuild
 
     where = db or default_url()
-    if "://" not in where and not Path(where).exists():
+    path = None if "://" in where else Path(where)
+    if path is not None and not path.exists():
         say(None, f"database {where} does not exist yet")
         return 0
     try:
         with open_store(db, create=False) as store:
-            count = len(store.runs())
-            if store.engine.dialect.name == "sqlite":
-                with store.engine.connect() as connection:
-                    verdict = connection.execute(text("PRAGMA integrity_check")).scalar()
-                if verdict != "ok":
-                    say(False, f"database {where} is damaged: {verdict}")
-                    return 1
+            findings = examine(store)
+            if findings.good:
+                return _tell_good(store, findings, mend(store, findings) if repair else 0, repair, say)
+            problems = findings.damage or [
+                f"{_runs(len(findings.broken))} with a broken seal: what they say was changed"
+            ]
+            count = len(findings.broken)
+    except StoreError as error:
+        problems, count = [error.message], 0
+        if path is None or "cannot be read" not in error.message:
+            say(False, str(error))
+            return 1
+    say(
+        False,
+        f"database {where} is damaged: {problems[0]}"
+        + (f" (and {len(problems) - 1} more)" if problems[1:] else ""),
+    )
+    if not repair or path is None:
+        if path is not None:
+            click.echo("     `methodbench doctor --repair` saves what can be read, and keeps the original.")
+        elif count:
+            click.echo("     Restore the server's database from a backup.")
+        return 1
+    try:
+        done = rebuild(path)
     except StoreError as error:
         say(False, str(error))
         return 1
-    say(True, f"database {where}: {count} runs")
+    say(True, f"repaired: {_runs(done.saved)} saved; the damaged file is {done.kept}")
+    if done.lost:
+        say(None, f"{_runs(done.lost)} could not be saved: `methodbench run` makes them again")
     return 0
+
+
+def _tell_good(store: Store, findings: Findings, sealed: int, repair: bool, say: Say) -> int:
+    say(True, f"database {store.url}: {_runs(len(store.runs()))}, every seal holds")
+    if findings.dead:
+        killed = f"{len(findings.dead)} run{'s that were' if len(findings.dead) != 1 else ' that was'} killed"
+        say(None, f"claims of {killed}" + (": given back" if repair else "; the next run takes them over"))
+    if sealed:
+        say(True, f"{_runs(sealed)} of an older version sealed")
+    elif findings.unsealed:
+        say(None, f"{_runs(findings.unsealed)} of an older version without a seal: --repair seals them")
+    return 0
+
+
+def _runs(count: int) -> str:
+    return f"{count} run{'s' if count != 1 else ''}"

@@ -22,7 +22,7 @@ from methodbench.engine.executors import CellOutcome, Executor, ExecutorOptions,
 from methodbench.engine.slots import Needs
 from methodbench.entries import Method, Model
 from methodbench.errors import MethodbenchError, UnknownNameError
-from methodbench.provenance import canonical_json, described, environment
+from methodbench.provenance import canonical_json, described, environment, wheel
 from methodbench.store import Environment, Fingerprint, MetricValue, Run, Series, Store
 from methodbench.store.claims import Lease
 
@@ -147,7 +147,8 @@ def run_plan(
                 try:
                     todo = _fitting(todo, runner, report, reporter)
                     with Lease(store, known) as lease:
-                        _Drive(store, lease, report, reporter, Path(scratch)).run(todo, runner, batch)
+                        drive = _Drive(store, lease, report, reporter, Path(scratch), catalog)
+                        drive.run(todo, runner, batch)
                 finally:
                     runner.close()
     finally:
@@ -233,12 +234,21 @@ def _preload(todo: Sequence[Cell]) -> list[str]:
 class _Drive:
     """One run of one plan: the sink of the executor."""
 
-    def __init__(self, store: Store, lease: Lease, report: Report, reporter: Reporter, scratch: Path) -> None:
+    def __init__(
+        self,
+        store: Store,
+        lease: Lease,
+        report: Report,
+        reporter: Reporter,
+        scratch: Path,
+        catalog: Catalog,
+    ) -> None:
         self.store = store
         self.lease = lease
         self.report = report
         self.reporter = reporter
         self.scratch = scratch
+        self.catalog = catalog
         self.jobs: dict[str, tuple[Cell, ...]] = {}
         self.unprepared: dict[str, str] = {}
         """Why a model could not be prepared, by weights digest."""
@@ -407,6 +417,7 @@ class _Drive:
             device=cell.device,
             threads=cell.threads,
             method_digest=cell.method_digest,
+            wheel=wheel(self.catalog.distribution("method", cell.method.name)),
             weights_digest=cell.weights_digest,
             data_digest=cell.data_digest,
             environment_digest=captured.digest,

@@ -149,6 +149,11 @@ class Lease:
         session.exec(delete(Claim).where(col(Claim.cell_key) == cell_key))
         return None
 
+    def dead(self) -> list[Driver]:
+        """Return the drivers of this machine that have died."""
+        with self.store.reading() as session:
+            return [driver for driver in session.exec(select(Driver)) if self._is_dead(driver)]
+
     def bury(self, drivers: Iterable[Driver]) -> bool:
         """Remove those of ``drivers`` that are dead, with their claims; return whether there was any."""
         buried = False

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import JSON, Column, Connection, Float, LargeBinary, Table, insert, select
+from sqlalchemy import JSON, Column, Connection, Float, Table, insert, select
 from sqlmodel import SQLModel
 
 from methodbench.provenance import canonical_json
@@ -150,8 +150,3 @@ def read(connection: Connection, where: Any = None, *, batch: int = 500) -> Iter
             for row in connection.execute(children).mappings():
                 found[row["run_id"]].children.setdefault(table.name, []).append(dict(row))
         yield from (found[identifier] for identifier in some if identifier in found)
-
-
-def is_float_array(column: Column) -> bool:
-    """Return whether a column holds little-endian float64 values."""
-    return isinstance(column.type, LargeBinary)
