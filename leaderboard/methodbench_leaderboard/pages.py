@@ -20,6 +20,7 @@ from jinja2 import PackageLoader, StrictUndefined
 
 from methodbench import __version__
 from methodbench.catalog import Catalog
+from methodbench.engine.why import stale_runs
 from methodbench.entries import FIDELITIES, Method, Task
 from methodbench.errors import MethodbenchError
 from methodbench.stats import DRAWS, SEED
@@ -167,7 +168,7 @@ class _BoardView:
 class _Site:
     def __init__(self, store: Store, catalog: Catalog, folder: Path) -> None:
         self.store = store
-        self.records = records = Records(store)
+        self.records = records = Records(store, stale_runs(store, catalog))
         self.sharded = len(records) > MOST_RUN_PAGES
         self.catalog = catalog
         self.folder = folder

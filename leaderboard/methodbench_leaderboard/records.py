@@ -6,7 +6,7 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
@@ -134,8 +134,13 @@ def _parsed(text: str) -> dict[str, Any]:
 class Records:
     """The database, as pages see it. Replays stand beside the run that they repeat and are no runs of their own."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, stale: Mapping[str, str] | None = None) -> None:
+        """
+        Args:
+            stale: what has changed since a run was made that no longer holds, by its id.
+        """
         self._store = store
+        self.stale = stale or {}
         self.frame = _read_briefs(store)
         """One row per run, oldest first, with the fields of :class:`Brief`."""
         self.environments = store.environments()
@@ -198,6 +203,8 @@ class Records:
         runs = self.frame.drop(*METRIC_FIELDS, *_VALUE_FIELDS).rename(
             {"params_json": "params", "task_params_json": "task_params"}
         )
+        changed = [self.stale.get(run_id) for run_id in runs["id"]]
+        runs = runs.with_columns(pl.Series("stale", changed, dtype=pl.String))
         joined = runs.with_row_index("order").join(metrics, left_on="id", right_on="run_id", how="left")
         keys = ["order", "metric_primary", "metric_name"]
         return joined.sort(keys, descending=[False, True, False]).drop("order")
@@ -223,7 +230,8 @@ class Records:
                     row.id: row for row in connection.execute(select(*columns).where(_RUN.c.id.in_(some)))
                 }
                 for run_id in some:
-                    yield run_id, _document(rows[run_id]._asdict(), json_names, metrics.get(run_id, []))
+                    said = {**rows[run_id]._asdict(), "stale": self.stale.get(run_id)}
+                    yield run_id, _document(said, json_names, metrics.get(run_id, []))
 
 
 #: Polars types of the columns of a metric that are not text.

@@ -113,16 +113,24 @@ def run(
         )
 
 
-def results(db: str | None = None) -> pl.DataFrame:
+def results(db: str | None = None, *, catalog: Catalog | None = None) -> pl.DataFrame:
     """Return one row per run and metric, as a Polars frame.
+
+    The column ``stale`` says what has changed since a run was made (see :mod:`methodbench.engine.why`); it is null
+    for runs that still hold.
 
     Raises:
         StoreError: there is no database yet, or it cannot be read.
     """
+    import polars as pl
+
+    from methodbench.engine.why import stale_runs
     from methodbench.store import open_store
 
     with open_store(db, create=False) as store:
-        return store.frame()
+        frame = store.frame()
+        stale = stale_runs(store, catalog or load_catalog())
+    return frame.with_columns(pl.Series("stale", [stale.get(run) for run in frame["run"]], dtype=pl.String))
 
 
 def compare(a: str, b: str, *, db: str | None = None) -> list[PairedResult]:

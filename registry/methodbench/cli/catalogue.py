@@ -86,7 +86,7 @@ def show(name: str, db: str | None, as_json: bool) -> None:
     elif name in catalog.suites:
         _show_suite(catalog, catalog.suites[name], as_json)
     elif re.fullmatch(r"[0-9a-f]{4,12}", name) and name not in catalog.models and name not in catalog.tasks:
-        _show_run(name, db, as_json)
+        _show_run(catalog, name, db, as_json)
     else:
         _show_model_or_task(catalog, name, as_json)
 
@@ -227,20 +227,29 @@ def _witness(row: Witness) -> str:
     return f"{row.run_id} {row.verdict}{where}"
 
 
-def _show_run(run_id: str, db: str | None, as_json: bool) -> None:
+def _show_run(catalog: Catalog, run_id: str, db: str | None, as_json: bool) -> None:
     from methodbench.cli.output import duration, interval, number, size
+    from methodbench.engine.why import stale_runs
     from methodbench.store import open_store
 
     with open_store(db, create=False) as store:
         run = store.run(run_id)
         metrics = store.metrics([run.id])
         witnesses = store.witnesses(run.id)
+        stale = stale_runs(store, catalog).get(run.id)
     if as_json:
         rows = [
             {**metric.model_dump(exclude={"scores"}), "scores": metric.unit_scores().tolist()}
             for metric in metrics
         ]
-        echo_json({**run.model_dump(), "metrics": rows, "witnesses": [row.model_dump() for row in witnesses]})
+        echo_json(
+            {
+                **run.model_dump(),
+                "metrics": rows,
+                "stale": stale,
+                "witnesses": [row.model_dump() for row in witnesses],
+            }
+        )
         return
     click.secho(f"run {run.id}", bold=True)
     values = "\n".join(
@@ -249,6 +258,7 @@ def _show_run(run_id: str, db: str | None, as_json: bool) -> None:
     _fields(
         [
             ("status", run.status + (f": {run.reason}" if run.reason else "")),
+            ("stale", stale),
             ("method", f"{run.method} {run.variant}"),
             ("parameters", ", ".join(f"{key}={value}" for key, value in run.params.items())),
             ("model", run.model),

@@ -15,7 +15,11 @@ from methodbench.cli.output import db_option, echo_json, get_catalog, interval, 
 @db_option
 @json_option
 def status(suites: tuple[str, ...], db: str | None, as_json: bool) -> None:
-    """Count runs by status, or the cells of SUITES that are done, failed and missing."""
+    """Count runs by status, or the cells of SUITES that are done, failed, stale and missing.
+
+    Stale records were made with another version of the method, the weights, the data or the protocol (see `why`).
+    """
+    from methodbench.engine.why import stale_runs, superseded
     from methodbench.store import open_store
 
     with open_store(db, create=False) as store:
@@ -24,16 +28,23 @@ def status(suites: tuple[str, ...], db: str | None, as_json: bool) -> None:
 
             plan = api.plan(list(suites), catalog=get_catalog())
             latest = store.latest(cell.key for cell in plan.cells)
+            before = superseded(store, [cell for cell in plan.cells if cell.key not in latest])
             counts = Counter(
-                latest[cell.key].status if cell.key in latest else "missing" for cell in plan.cells
+                latest[cell.key].status
+                if cell.key in latest
+                else "stale"
+                if cell.key in before
+                else "missing"
+                for cell in plan.cells
             )
             if plan.skips:
                 counts["skipped"] = len(plan.skips)
             groups = {plan.suite: counts}
         else:
             groups = {}
+            old = stale_runs(store, get_catalog())
             for row in store.runs():
-                groups.setdefault(row.suite, Counter())[row.status] += 1
+                groups.setdefault(row.suite, Counter())["stale" if row.id in old else row.status] += 1
         url = store.url
     if as_json:
         echo_json({"database": url, "suites": {name: dict(counts) for name, counts in groups.items()}})
@@ -64,13 +75,16 @@ def results(
     db: str | None,
     as_json: bool,
 ) -> None:
-    """Print results with their 95 % intervals, newest last; `methodbench show RUN` shows one in full."""
+    """Print results with their 95 % intervals, newest last; `methodbench show RUN` shows one in full.
+
+    Results of another version of the method, the weights, the data or the protocol are marked as stale.
+    """
     import polars as pl
 
     from methodbench import api
     from methodbench.errors import UnknownNameError
 
-    frame = api.results(db)
+    frame = api.results(db, catalog=get_catalog())
     for column, wanted in (("method", method), ("model", model), ("task", task), ("suite", suite)):
         if wanted is not None:
             known = [name for name in frame[column].unique() if name]
@@ -107,13 +121,14 @@ def results(
                 row["metric"] or row["status"],
                 number(row["value"]) if good else "",
                 interval(row["low"], row["high"]) if good else row["reason"],
+                f"stale: {row['stale']}" if row["stale"] else "",
             )
         )
-    table(
-        ("run", "method", "model", "task", "seed", "metric", "value", "95 % interval"),
-        rows,
-        right=("value", "seed"),
-    )
+    headers = ("run", "method", "model", "task", "seed", "metric", "value", "95 % interval", "note")
+    if not any(row[-1] for row in rows):
+        table(headers[:-1], [row[:-1] for row in rows], right=("value", "seed"))
+        return
+    table(headers, rows, right=("value", "seed"))
 
 
 @click.command()

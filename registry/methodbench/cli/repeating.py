@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from methodbench.engine.why import Answer, Field
 
 _COLOURS = {
-    "hit": "green", "stale": "yellow", "miss": "cyan",
+    "hit": "green", "stale": "yellow", "miss": "cyan", "gone": "magenta",
     "bit-identical": "green", "within tolerance": "yellow", "drifted": "red",
 }  # fmt: skip
 #: Digits that a digest is shown with.

@@ -135,23 +135,25 @@ def _validated(mapping: dict[str, Any]) -> Any:
 def plan(suites: tuple[str, ...], db: str | None, as_json: bool, **chosen: Any) -> None:
     """Show the cells of SUITES (names or files): what is done, what is missing, what is skipped and why."""
     from methodbench import api
+    from methodbench.engine.why import superseded
     from methodbench.store import open_store
     from methodbench.store.location import default_url
 
     known = get_catalog()
     made = api.plan(wanted_suites(suites, chosen), catalog=known)
-    done = {}
+    done, before = {}, {}
     url = db or default_url()
     if "://" in url or Path(url).exists():
         with open_store(db) as store:
             done = store.latest(cell.key for cell in made.cells)
+            before = superseded(store, [cell for cell in made.cells if cell.key not in done])
     if as_json:
         cells = [
             {
                 "key": cell.key,
                 "command": cell.command(),
                 "identity": cell.identity(),
-                "status": _status(done, cell.key),
+                "status": _status(done, before, cell.key),
             }
             for cell in made.cells
         ]
@@ -162,7 +164,7 @@ def plan(suites: tuple[str, ...], db: str | None, as_json: bool, **chosen: Any) 
         ("status", "method", "variant", "model", "task", "seed"),
         [
             (
-                _status(done, cell.key),
+                _status(done, before, cell.key),
                 cell.method.name,
                 cell.variant,
                 cell.model.name if cell.model else "–",
@@ -174,13 +176,15 @@ def plan(suites: tuple[str, ...], db: str | None, as_json: bool, **chosen: Any) 
     )
     _print_skips(made)
     missing = sum(cell.key not in done for cell in made.cells)
+    stale = f" ({len(before)} of them have stale records: see `why`)" if before else ""
     click.echo(
-        f"\n{len(made.cells)} cells: {len(made.cells) - missing} done, {missing} to run; {len(made.skips)} skipped"
+        f"\n{len(made.cells)} cells: {len(made.cells) - missing} done, {missing} to run{stale}; "
+        f"{len(made.skips)} skipped"
     )
 
 
-def _status(done: dict[str, Any], key: str) -> str:
-    return done[key].status if key in done else "to run"
+def _status(done: dict[str, Any], before: dict[str, Any], key: str) -> str:
+    return done[key].status if key in done else "stale" if key in before else "to run"
 
 
 def _print_skips(made: Plan) -> None:

@@ -68,7 +68,8 @@ class Field:
 class Answer:
     """What the records have to say to a wanted cell."""
 
-    verdict: Literal["hit", "stale", "miss"]
+    verdict: Literal["hit", "stale", "miss", "gone"]
+    """``gone``: method, model or task are not installed any more, or refuse the recorded settings."""
     reason: str
     label: str
     key: str
@@ -106,7 +107,7 @@ def explain_run(run: Run, store: Store, catalog: Catalog) -> Answer:
     try:
         cell = present_cell(run, catalog)
     except MethodbenchError as error:
-        return Answer("stale", f"it cannot be asked for any more: {error.message}", label, "", run)
+        return Answer("gone", f"it cannot be asked for any more: {error.message}", label, "", run)
     fields = compare(run.identity, cell.identity())
     if cell.key == run.cell_key:
         latest = store.latest([cell.key]).get(cell.key)
@@ -208,9 +209,11 @@ def stale_runs(store: Store, catalog: Catalog) -> dict[str, str]:
     present = _Present(catalog)
     found: dict[str, str] = {}
     versions = store.versions()
-    present.ask_loaders({version.model for version in versions})
+    present.ask_loaders({version.model for version in versions if version.weights_digest})
     for version in versions:
-        changed = [name for name, then, now in present.fields(version) if now is not None and then != now]
+        fields = present.fields(version)
+        # A record that does not say, or a present that cannot be told, makes nothing stale.
+        changed = [name for name, then, now in fields if then and now is not None and then != now]
         if changed:
             reason = ", ".join(f"{FIELDS[name]} changed" for name in changed)
             found |= dict.fromkeys(store.ids(version), reason)
