@@ -17,16 +17,14 @@ from methodbench.torchkit.packed import PackedLinear
 from methodbench.torchkit.quantizers import quantize
 from methodbench_quant.llm.awq import (
     AWQ,
-    apply_scale,
     candidate_scale,
     clamp_groups,
     clip_thresholds,
     round_to_nearest,
-    sample_tokens,
     search_scale,
-    squared_error,
-    subset,
 )
+from methodbench_quant.llm.calls import sample_tokens, squared_error, subset
+from methodbench_quant.llm.layers import apply_scale
 from methodbench_quant.llm.rtn import RTN
 
 Tiny = Callable[[str], LoadedModel]

@@ -124,14 +124,17 @@ def _check_width(bits: int) -> None:
 class PackedLayer(nn.Module):
     """``x @ W.T + bias`` with ``W`` [out, in] unpacked at every call: what all storage formats share.
 
-    ``input_quantizer``, when set, is applied to the input. An instance made from :attr:`config` is empty until
-    a state dict is loaded.
+    ``input_quantizer`` and ``output_quantizer``, when set, are applied to input and output. An instance made
+    from :attr:`config` is empty until a state dict is loaded.
     """
 
     format: ClassVar[str]
     """Names the format in :attr:`config`."""
     stores: ClassVar[type]
     """The type of quantized weight that :meth:`from_quantized` takes."""
+
+    exact: ClassVar[tuple[str, ...]] = ("scale",)
+    """Floating buffers whose width was chosen for them: converting the module leaves it."""
 
     scale: Tensor
 
@@ -144,6 +147,7 @@ class PackedLayer(nn.Module):
         self.out_features = out_features
         self.dtype: torch.dtype = getattr(torch, dtype)
         self.input_quantizer: nn.Module | None = None
+        self.output_quantizer: nn.Module | None = None
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=self.dtype), False) if bias else None
         self._dense: Tensor | None = None
 
@@ -188,7 +192,8 @@ class PackedLayer(nn.Module):
         """Return ``x @ W.T + bias`` for ``x`` [..., in]."""
         if self.input_quantizer is not None:
             x = self.input_quantizer(x)
-        return F.linear(x, self.weight.to(x.dtype), self.bias)
+        y = F.linear(x, self.weight.to(x.dtype), self.bias)
+        return y if self.output_quantizer is None else self.output_quantizer(y)
 
     def materialize(self) -> None:
         """Keep the dense weight in memory, outside of the state dict, until :meth:`release`."""
@@ -204,10 +209,12 @@ class PackedLayer(nn.Module):
         return self._dense is not None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        kept = self.scale.dtype
+        kept = {
+            name: buffer.dtype for name, buffer in self.named_buffers(recurse=False) if name in self.exact
+        }
         super()._apply(fn, recurse)
-        # `module.half()` converts floating buffers; scales keep the width that was chosen for them.
-        self.scale = self.scale.to(kept)
+        for name, dtype in kept.items():
+            setattr(self, name, self.get_buffer(name).to(dtype))
         if self._dense is not None:
             self._dense = fn(self._dense)
         return self
@@ -520,7 +527,7 @@ def materialized(module: nn.Module) -> Iterator[nn.Module]:
     The layers compute from the very weights that they would unpack at every call, so outputs are the same bit
     for bit; the state dict does not change. May be nested.
     """
-    held = [m for m in module.modules() if isinstance(m, PackedLayer) and not m.materialized]
+    held = [layer for layer in packed_layers(module).values() if not layer.materialized]
     try:
         for layer in held:
             layer.materialize()
@@ -558,4 +565,15 @@ def rebuild(module: nn.Module, configs: Mapping[str, Mapping[str, Any]]) -> nn.M
 
 def packed_configs(module: nn.Module) -> dict[str, dict[str, Any]]:
     """Return the configuration of every packed layer of ``module`` by dotted name."""
-    return {name: m.config for name, m in module.named_modules() if isinstance(m, PackedLayer)}
+    return {name: layer.config for name, layer in packed_layers(module).items()}
+
+
+def packed_layers(module: nn.Module) -> dict[str, PackedLayer]:
+    """Return the packed layers of ``module`` by dotted name; parts of a packed layer are none."""
+    found: dict[str, PackedLayer] = {}
+    outer = None
+    for name, layer in module.named_modules():
+        # A layer's parts follow it directly.
+        if isinstance(layer, PackedLayer) and (outer is None or not name.startswith(outer)):
+            found[name], outer = layer, f"{name}." if name else ""
+    return found

@@ -12,7 +12,9 @@ from methodbench.torchkit.adapters import LAYOUTS, Adapter, ScaleGroup
 from methodbench.torchkit.model import Calibration, LoadedModel
 from methodbench.torchkit.packed import PackedLinear
 from methodbench.torchkit.sequential import BlockStep
-from methodbench_quant.llm.awq import AWQ, Recorder, ScaleSearch, apply_scale
+from methodbench_quant.llm.awq import AWQ, ScaleSearch
+from methodbench_quant.llm.calls import Recorder
+from methodbench_quant.llm.layers import apply_scale
 
 pytestmark = pytest.mark.vectors("quant", "awq")
 

@@ -19,25 +19,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Self, TypeVar
+from typing import Annotated, Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.utils.hooks import RemovableHandle
 
 from methodbench.context import Context
 from methodbench.errors import DivergedError
 from methodbench.params import hyperparameters
-from methodbench.torchkit.adapters import Adapter, ScaleGroup
-from methodbench.torchkit.model import Calibration, LoadedModel, set_submodule, set_weight
+from methodbench.torchkit.adapters import ScaleGroup
+from methodbench.torchkit.model import Calibration, LoadedModel
 from methodbench.torchkit.quantizers import find_grid, groups_of, quantize
-from methodbench.torchkit.sequential import Observer, walk
-from methodbench_quant.llm.layers import finished, open_copy, replace_linear, weight_of
+from methodbench.torchkit.sequential import walk
+from methodbench_quant.llm.calls import Recorder, count, output_of, sample_tokens, squared_error, subset
+from methodbench_quant.llm.layers import apply_scale, finished, open_copy, replace_linear, weight_of
 from methodbench_quant.llm.settings import ActivationSettings, Bits, GroupSize, check_group_size
-
-T = TypeVar("T")
 
 #: Output rows per step of the clip search: bounds memory, and has no effect on the result.
 _CLIP_ROWS = 512
@@ -206,74 +203,6 @@ class ScaleSearch:
     losses: tuple[float, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
-    """What a module was called with."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    @property
-    def hidden(self) -> Tensor:
-        """The first argument, [B, T, hidden]."""
-        first = self.args[0] if self.args else next(iter(self.kwargs.values()))
-        assert isinstance(first, Tensor)
-        return first
-
-
-class Recorder:
-    """Keeps the inputs of one block's Linears and the calls of its inspected modules, one entry per batch."""
-
-    def __init__(self, adapter: Adapter) -> None:
-        self.adapter = adapter
-        self.inputs: dict[str, list[Tensor]] = {}
-        self.calls: dict[str, list[Call]] = {}
-        self._hooks: list[RemovableHandle] = []
-
-    def watch(self, block: nn.Module) -> Mapping[str, Observer]:
-        """Forget the block before, and return observers of the Linears of ``block``."""
-        self.inputs, self.calls = {}, {}
-
-        def observer(name: str) -> Observer:
-            return lambda x: self.inputs.setdefault(name, []).append(x)
-
-        for name in {group.inspect for group in self.adapter.scale_groups(block)} - {""}:
-            calls: list[Call] = []
-            self.calls[name] = calls
-            self._hooks.append(
-                block.get_submodule(name).register_forward_pre_hook(
-                    lambda _, args, kwargs, calls=calls: calls.append(Call(args, kwargs)), with_kwargs=True
-                )
-            )
-        return {name: observer(name) for name in self.adapter.linears(block)}
-
-    def stop(self) -> None:
-        """Stop recording calls."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
-
-    def source(self, group: ScaleGroup) -> list[Tensor]:
-        """Return the inputs that all of ``group.linears`` read; empty where no token reached them."""
-        if group.linears[0] in self.inputs:
-            return self.inputs[group.linears[0]]
-        return [call.hidden for call in self.calls.get(group.inspect, [])]
-
-
-class ScaledActivation(nn.Module):
-    """An activation function whose output is divided by ``scale`` [features]."""
-
-    def __init__(self, activation: nn.Module, scale: Tensor) -> None:
-        super().__init__()
-        self.activation = activation
-        self.scale: Tensor
-        self.register_buffer("scale", scale)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return ``activation(x) / scale`` for ``x`` [..., features]."""
-        return self.activation(x) / self.scale
-
-
 def round_to_nearest(weight: Tensor, bits: int, group_size: int) -> Tensor:
     """Return ``Q(weight)``, fp32 [out, in]: asymmetric rounding by groups (the convention ``awq_asym``)."""
     grouped = groups_of(weight, group_size)
@@ -307,26 +236,6 @@ def search_scale(
     return ScaleSearch(candidates[best], best / n_grid, losses)
 
 
-def apply_scale(block: nn.Module, group: ScaleGroup, scale: Tensor) -> None:
-    """Move ``scale`` [in] from the layer before into the Linears of ``group``; the block's function stays."""
-    previous = block.get_submodule(group.previous)
-    if isinstance(previous, nn.Linear):
-        divisor = torch.ones(previous.out_features, device=scale.device)
-        divisor[-len(scale) :] = scale
-        set_weight(previous, weight_of(previous) / divisor.unsqueeze(1))
-    elif isinstance(getattr(previous, "weight", None), Tensor):
-        divisor = scale
-        set_weight(previous, weight_of(previous) / divisor)
-    else:
-        set_submodule(block, group.previous, ScaledActivation(previous, scale))
-    bias = getattr(previous, "bias", None)
-    if isinstance(bias, Tensor):
-        set_weight(previous, bias.detach().float() / divisor, "bias")
-    for name in group.linears:
-        layer = block.get_submodule(name)
-        set_weight(layer, weight_of(layer) * scale)
-
-
 def clip_thresholds(weight: Tensor, x: Tensor, ratios: Sequence[float], bits: int, group_size: int) -> Tensor:
     """Return the threshold of each group whose clipping, followed by rounding, hurts the output least.
 
@@ -355,54 +264,7 @@ def clip_thresholds(weight: Tensor, x: Tensor, ratios: Sequence[float], bits: in
     return torch.cat(found)
 
 
-def squared_error(x: Tensor) -> Callable[[Tensor], Tensor]:
-    """Return the function from weight changes [groups, out, g] to ``sum over tokens of (x d)^2`` [groups,
-    out].
-
-    Args:
-        x: fp32 [groups, tokens, g]. Where there are more tokens than inputs, their second moments serve
-            instead.
-    """
-    if x.shape[1] <= x.shape[2]:
-        transposed = x.transpose(1, 2)
-        return lambda delta: (delta @ transposed).square_().sum(-1)
-    moments = x.transpose(1, 2) @ x
-    return lambda delta: (delta @ moments).mul_(delta).sum(-1)
-
-
 def clamp_groups(weight: Tensor, threshold: Tensor) -> Tensor:
     """Return ``weight`` [out, in] limited to ``threshold`` [out, groups, 1] in magnitude."""
     grouped = weight.unflatten(1, (threshold.shape[1], -1))
     return torch.clamp(grouped, -threshold, threshold).flatten(1)
-
-
-def sample_tokens(parts: Sequence[Tensor], tokens: int) -> Tensor:
-    """Return about ``tokens`` rows [rows, in] of ``parts`` [..., in]: every n-th, fewer than twice as
-    many."""
-    x = torch.cat([part.flatten(0, -2) for part in parts])
-    return x[:: max(1, len(x) // tokens)]
-
-
-def subset(parts: Sequence[T], tokens: Callable[[T], int], limit: int) -> list[T]:
-    """Return batches of about ``limit`` tokens in all, evenly spread over ``parts``; all of them where it is
-    0."""
-    total = sum(tokens(part) for part in parts)
-    if not limit or total <= limit:
-        return list(parts)
-    keep = max(1, round(len(parts) * limit / total))
-    return [parts[i * len(parts) // keep] for i in range(keep)]
-
-
-def count(x: Tensor) -> int:
-    """Return how many tokens ``x`` [..., features] has."""
-    return x.shape[:-1].numel()
-
-
-@torch.no_grad()
-def output_of(module: nn.Module, call: Call, weights: Mapping[str, Tensor] | None = None) -> Tensor:
-    """Return the output of ``module`` for a recorded call, with some of its parameters replaced by
-    ``weights``."""
-    output = functional_call(module, dict(weights or {}), call.args, call.kwargs)
-    hidden = output[0] if isinstance(output, tuple) else output
-    assert isinstance(hidden, Tensor)
-    return hidden

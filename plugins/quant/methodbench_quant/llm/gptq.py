@@ -35,7 +35,7 @@ from methodbench.torchkit.quantizers import (
     on_grid,
 )
 from methodbench.torchkit.sequential import BlockStep, Observer, walk
-from methodbench_quant.llm.layers import finished, open_copy, replace_linear, weight_of
+from methodbench_quant.llm.layers import TOKENS_PER_COLUMN, finished, open_copy, replace_linear, weight_of
 from methodbench_quant.llm.settings import (
     ActivationSettings,
     Bits,
@@ -43,9 +43,6 @@ from methodbench_quant.llm.settings import (
     check_convention,
     check_group_size,
 )
-
-#: Calibration tokens per input column below which the Hessian follows the calibration text too closely.
-TOKENS_PER_COLUMN = 4
 
 #: Columns whose mutual updates are applied one by one; wider updates are matrix products.
 _PANEL = 32

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from methodbench.context import Context
 from methodbench.errors import NotApplicableError
-from methodbench.torchkit.adapters import unfuse_experts
-from methodbench.torchkit.model import LoadedModel, set_submodule
+from methodbench.torchkit.adapters import ScaleGroup, unfuse_experts
+from methodbench.torchkit.model import Calibration, LoadedModel, set_submodule, set_weight
 from methodbench.torchkit.packed import PackedLayer, dense_linear, pack_linear
 from methodbench.torchkit.size import bits_per_weight
 
@@ -53,3 +55,55 @@ def finished(model: LoadedModel, facts: dict[str, Any]) -> LoadedModel:
     model.accounted_bits = bits_per_weight(model)
     model.facts.update({"layers": len(model.adapter.targets(model.module)), **facts})
     return model
+
+
+#: Calibration tokens per input column below which what is fitted follows the calibration text too closely.
+TOKENS_PER_COLUMN = 4
+
+
+def check_calibration(model: LoadedModel, data: Calibration, ctx: Context) -> None:
+    """Warn where ``data`` has fewer than :data:`TOKENS_PER_COLUMN` tokens per input column of a layer."""
+    if not len(data) or data.inputs.ndim != 2:
+        return
+    tokens = data.inputs.numel()
+    widths = [int(layer.in_features) for layer in model.adapter.targets(model.module).values()]  # type: ignore[arg-type]
+    short = [width for width in widths if tokens < TOKENS_PER_COLUMN * width]
+    if short:
+        ctx.warn(
+            f"calibration is short for {len(short)} layers (worst: {tokens} tokens for {max(short)} "
+            f"inputs; {TOKENS_PER_COLUMN} per input are advisable): it may be fitted to them alone"
+        )
+
+
+def apply_scale(block: nn.Module, group: ScaleGroup, scale: Tensor) -> None:
+    """Move ``scale`` [in] from the layer before into the Linears of ``group``; the block's function stays."""
+    previous = block.get_submodule(group.previous)
+    if isinstance(previous, nn.Linear):
+        divisor = torch.ones(previous.out_features, device=scale.device)
+        divisor[-len(scale) :] = scale
+        set_weight(previous, weight_of(previous) / divisor.unsqueeze(1))
+    elif isinstance(getattr(previous, "weight", None), Tensor):
+        divisor = scale
+        set_weight(previous, weight_of(previous) / divisor)
+    else:
+        set_submodule(block, group.previous, ScaledActivation(previous, scale))
+    bias = getattr(previous, "bias", None)
+    if isinstance(bias, Tensor):
+        set_weight(previous, bias.detach().float() / divisor, "bias")
+    for name in group.linears:
+        layer = block.get_submodule(name)
+        set_weight(layer, weight_of(layer) * scale)
+
+
+class ScaledActivation(nn.Module):
+    """An activation function whose output is divided by ``scale`` [features]."""
+
+    def __init__(self, activation: nn.Module, scale: Tensor) -> None:
+        super().__init__()
+        self.activation = activation
+        self.scale: Tensor
+        self.register_buffer("scale", scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``activation(x) / scale`` for ``x`` [..., features]."""
+        return self.activation(x) / self.scale
