@@ -18,7 +18,75 @@ _GRIDS: dict[str, dict[str, Any]] = {
     "w3g64": {"bits": 3, "group_size": 64},
     "w3g32": {"bits": 3, "group_size": 32},
     "w2g64": {"bits": 2, "group_size": 64},
+    "w2g32": {"bits": 2, "group_size": 32},
 }
+
+_FINE = {name: _GRIDS[name] for name in ("w4", "w3", "w2", "w4g128", "w3g128", "w4g64", "w3g64", "w2g64")}
+
+SMOOTHQUANT = Method(
+    name="smoothquant",
+    kind="compressor",
+    family="quant",
+    impl="methodbench_quant.llm.smoothquant:SmoothQuant",
+    summary="Moves activation outliers from behind each norm into the weights, then rounds both.",
+    applies_to=("causal-lm",),
+    paper=Paper(
+        title="SmoothQuant: Accurate and Efficient Post-Training Quantization for Large Language Models",
+        arxiv="2211.10438",
+        venue="ICML",
+        year=2023,
+        authors=("Guangxuan Xiao and Ji Lin and Mickael Seznec and Hao Wu and Julien Demouth and Song Han"),
+        code="mit-han-lab/smoothquant",
+    ),
+    needs=("calibration",),
+    presets={
+        "w8a8": {},
+        "w8a8-llama": {"alpha": 0.85, "quantize_qkv": True},
+        "w8a8-tensor": {"per": "tensor", "a_granularity": "tensor"},
+        "w8a8-static": {"per": "tensor", "static": True},
+        "w6a6": {"bits": 6, "a_bits": 6},
+        "w4a8": {"bits": 4, "a_bits": 8},
+        "w4a4": {"bits": 4, "a_bits": 4},
+    },
+    claims="smoothquant.toml",
+    fidelity="authors-code",
+    parity="mit-han-lab/smoothquant c61476d",
+    properties=("deterministic", "monotone:bits"),
+    extra="quant",
+)
+
+LORC = Method(
+    name="lorc",
+    kind="compressor",
+    family="quant",
+    impl="methodbench_quant.llm.lorc:LoRC",
+    summary="Adds the low-rank part of what rounding lost back to each weight, as two thin matrices.",
+    applies_to=("causal-lm", "vit"),
+    paper=Paper(
+        title=(
+            "ZeroQuant-V2: Exploring Post-training Quantization in LLMs from Comprehensive Study to Low Rank "
+            "Compensation"
+        ),
+        arxiv="2303.08302",
+        venue="AAAI",
+        year=2024,
+        authors="Zhewei Yao and Xiaoxia Wu and Cheng Li and Stephen Youn and Yuxiong He",
+    ),
+    needs=("calibration",),
+    presets={
+        **_FINE,
+        "w3-m32": {"bits": 3, "group_size": -1, "rank": 32},
+        "w3g64-m32": {"bits": 3, "group_size": 64, "rank": 32},
+        "w3-int8": {"bits": 3, "group_size": -1, "factor_bits": 8},
+        "w3-gptq": {"bits": 3, "group_size": -1, "base": "gptq"},
+        "w4a8-fgq64": {"bits": 4, "group_size": 64, "a_bits": 8, "a_group_size": 64},
+    },
+    claims="lorc.toml",
+    fidelity="reimplementation",
+    parity="ChengZhang-98/QERA bd7fc86 with unit scale",
+    properties=("deterministic", "monotone:bits"),
+    extra="quant",
+)
 
 _W4A4: dict[str, Any] = {"w_bits": 4, "w_clip": True, "a_bits": 4, "a_clip_ratio": 0.9}
 _KV4: dict[str, Any] = {
@@ -65,6 +133,8 @@ QUAROT = Method(
 )
 
 METHODS: list[Method] = [
+    SMOOTHQUANT,
+    LORC,
     Method(
         name="rtn",
         kind="compressor",
@@ -76,6 +146,7 @@ METHODS: list[Method] = [
             **_GRIDS,
             "w8a8": {"bits": 8, "convention": "absmax", "symmetric": True, "a_bits": 8},
             "w4a8": {"bits": 4, "convention": "omni", "a_bits": 8, "a_convention": "omni"},
+            "w6a6": {"bits": 6, "convention": "omni", "a_bits": 6, "a_convention": "omni"},
             "w4a4": {"bits": 4, "convention": "omni", "a_bits": 4, "a_convention": "omni"},
             "w4a4-symmetric": {
                 "bits": 4,
@@ -84,6 +155,9 @@ METHODS: list[Method] = [
                 "mse": True,
                 "a_bits": 4,
             },
+            "w4kv4": {"bits": 4, "kv_bits": 4},
+            "w4-per-input": {"bits": 4, "along": "output"},
+            "w4-mse": {"bits": 4, "convention": "gptq", "mse": True},
         },
         claims="rtn.toml",
         fidelity="authors-code",
