@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import polars as pl
 
     from methodbench.claims import ClaimResult
-    from methodbench.comparison import PairedResult
+    from methodbench.comparison import ChainResult, PairedResult
     from methodbench.engine.driver import Report, Reporter
     from methodbench.engine.parting import Recorded
     from methodbench.engine.plan import Plan
@@ -144,6 +144,20 @@ def compare(a: str, b: str, *, db: str | None = None) -> list[PairedResult]:
 
     with open_store(db, create=False) as store:
         return compare_methods(store, a, b)
+
+
+def interactions(chain: str, *, db: str | None = None) -> list[ChainResult]:
+    """Say of a chain of compressors (``a@preset + b@preset``) whether it is more than the sum of its links.
+
+    Raises:
+        UnknownNameError: no run of that chain is in the database.
+        MethodbenchError: a link, or the baseline, has not run alone on the same model and task.
+    """
+    from methodbench.comparison import chain_interactions
+    from methodbench.store import open_store
+
+    with open_store(db, create=False) as store:
+        return chain_interactions(store, chain)
 
 
 def claims(method: str, *, db: str | None = None, catalog: Catalog | None = None) -> list[ClaimResult]:

@@ -57,7 +57,16 @@ class Catalog:
     """Plugin of each entry, by (kind of entry, name)."""
 
     def method(self, name: str) -> Method:
-        """Return the method called ``name``. Raises UnknownNameError with the nearest names."""
+        """Return the method called ``name``; ``a + b`` is the chain of both.
+
+        Raises:
+            UnknownNameError: no such method; with the nearest names.
+            ChainError: the links cannot follow each other.
+        """
+        if "+" in name:
+            from methodbench.composition import compose
+
+            return compose(self, name)
         return _lookup("method", name, self.methods)
 
     def family(self, name: str) -> Family:

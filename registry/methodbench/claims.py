@@ -43,8 +43,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from methodbench.composition import preset_params, split_use
 from methodbench.documents import Strict, line_of, parse_document
-from methodbench.errors import ClaimsError, UnknownNameError
+from methodbench.errors import ClaimsError, MethodbenchError
 
 if TYPE_CHECKING:
     from methodbench.catalog import Catalog
@@ -114,7 +115,7 @@ class Side(Strict):
     The bare ``"name"`` or ``"name@preset"`` is short for a method, a bare number for itself.
     """
 
-    method: str = Field(default="", description="name or name@preset")
+    method: str = Field(default="", description="name or name@preset, or a chain of them joined by +")
     params: dict[str, Any] = Field(default={}, description="hyperparameters beyond the preset")
     free: list[str] = Field(
         default=[],
@@ -272,7 +273,7 @@ def load_claims(catalog: Catalog, name: str) -> Claims:
             if side.value is None:
                 try:
                     _wanted(catalog, side)
-                except UnknownNameError as error:
+                except MethodbenchError as error:
                     where = line_of(text, shown, ("claims", index, part))
                     raise ClaimsError(
                         f"{shown}:{where}: claims.{index}.{part}: {error.message}", error.hint
@@ -282,11 +283,9 @@ def load_claims(catalog: Catalog, name: str) -> Claims:
 
 def _wanted(catalog: Catalog, side: Side) -> tuple[str, dict[str, Any]]:
     """Return the method and the hyperparameters that a side asks for."""
-    name, at, preset = side.method.partition("@")
+    name, preset = split_use(side.method)
     method = catalog.method(name)
-    if at and preset not in method.presets:
-        raise UnknownNameError(f"preset of {name}", preset, method.presets)
-    return name, {**(method.presets[preset] if at else {}), **side.params}
+    return method.name, {**(preset_params(method, preset) if preset else {}), **side.params}
 
 
 @dataclass(frozen=True, slots=True)
@@ -565,7 +564,7 @@ def verdict_of(op: Operator, difference: float, low: float, high: float, toleran
 def commands_for(catalog: Catalog, claim: Claim) -> list[str]:
     """Return command lines that make records for a claim, on the first model and task that fit."""
     sides = [side for side in (claim.left, claim.right) if side.value is None]
-    methods = [catalog.method(side.method.partition("@")[0]) for side in sides]
+    methods = [catalog.method(split_use(side.method)[0]) for side in sides]
     for task in catalog.tasks.values():
         measured = (
             not claim.metric

@@ -8,12 +8,14 @@ from typing import Literal
 
 import numpy as np
 
+from methodbench.composition import SEPARATOR, split_use
 from methodbench.errors import MethodbenchError, UnknownNameError
 from methodbench.provenance import canonical_json
-from methodbench.stats import holm, paired_difference
+from methodbench.stats import holm, interaction, paired_difference
 from methodbench.store import MetricValue, Run, Store
 
 Verdict = Literal["win", "tie", "loss"]
+Joint = Literal["more than the sum", "the sum", "harmful"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,10 +86,10 @@ def compare_methods(store: Store, a: str, b: str) -> list[PairedResult]:
 
 def _select(runs: Sequence[Run], wanted: str) -> list[Run]:
     """Return the newest run of each cell of a method, optionally of one variant."""
-    name, at, variant = wanted.partition("@")
+    name, variant = split_use(wanted)
     newest: dict[str, Run] = {}
     for run in runs:
-        if run.method == name and (not at or run.variant == variant):
+        if run.method == name and (not variant or run.variant == variant):
             newest[run.cell_key] = run
     if newest:
         return list(newest.values())
@@ -147,4 +149,118 @@ def _pair(runs_a: list[Run], runs_b: list[Run], metrics: dict[str, MetricValue])
         verdict=verdict,
         runs_a=tuple(run.id for run in runs_a),
         runs_b=tuple(run.id for run in runs_b),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class ChainResult:
+    """What the links of a chain do together beyond what they do alone, on one model and task."""
+
+    chain: str
+    variant: str
+    model: str
+    task: str
+    metric: str
+    direction: str
+    scale: str
+    """What the effects are differences of: the metric, or the mean score per unit where it is exponentiated."""
+    links: tuple[str, ...]
+    alone: tuple[float, ...]
+    """Effect of each link alone against the untouched model; positive is better."""
+    together: float
+    excess: float
+    """``together`` minus the sum of ``alone``; positive is better."""
+    low: float
+    high: float
+    units: int
+    seeds: int
+    verdict: Joint
+    """``more than the sum`` or ``harmful`` where the 95 % interval of the excess lies above or below zero."""
+    runs: tuple[str, ...]
+
+
+def chain_interactions(store: Store, chain: str) -> list[ChainResult]:
+    """Compare a chain (``a + b`` or ``a@preset + b@preset``) with its links, each alone, and the untouched model.
+
+    The links must have run alone with the settings that they have in the chain, and a baseline beside them, on the
+    same model, task, data and seeds.
+
+    Raises:
+        UnknownNameError: no run of that chain is in the database.
+        MethodbenchError: a link or the baseline has not run alone; names it.
+    """
+    runs = [run for run in store.runs() if run.status == "ok"]
+    chosen = _select(runs, chain)
+    by_question: dict[tuple[str, int], list[Run]] = {}
+    for run in runs:
+        by_question.setdefault((question(run), run.seed), []).append(run)
+    groups: dict[str, list[list[Run]]] = {}
+    missing = ""
+    for run in chosen:
+        beside = by_question[question(run), run.seed]
+        names = run.method.split(SEPARATOR)
+        row = [next((other for other in reversed(beside) if other.baseline and other.kind == run.kind), None)]
+        for name in names:
+            wanted = {
+                key.removeprefix(f"{name}."): value
+                for key, value in run.params.items()
+                if key.startswith(f"{name}.")
+            }
+            row.append(next((o for o in reversed(beside) if o.method == name and o.params == wanted), None))
+        if all(row):
+            label = canonical_json([question(run), run.variant])
+            groups.setdefault(label, []).append([*(found for found in row if found is not None), run])
+        else:
+            absent = [
+                name for name, found in zip(["the baseline", *names], row, strict=True) if found is None
+            ]
+            missing = (
+                missing or f"{' and '.join(absent)} on {' · '.join(filter(None, [run.model, run.task]))}"
+            )
+    if not groups:
+        raise MethodbenchError(
+            f"{split_use(chain)[0]}: no record of {missing} alone",
+            "Run every link alone with the settings that it has in the chain, and the baseline, on the same task.",
+        )
+    wanted_runs = [run.id for group in groups.values() for row in group for run in row]
+    metrics: dict[str, MetricValue] = {row.run_id: row for row in store.metrics(wanted_runs) if row.primary}
+    results = [_interaction(group, metrics) for group in groups.values()]
+    return sorted(
+        (result for result in results if result is not None),
+        key=lambda row: (row.task, row.model, row.variant),
+    )
+
+
+def _interaction(group: Sequence[Sequence[Run]], metrics: dict[str, MetricValue]) -> ChainResult | None:
+    """Judge one chain; ``group`` has one row per seed: baseline, links, chain."""
+    rows = [[metrics.get(run.id) for run in seed] for seed in group]
+    kept = [[row for row in seed if row is not None] for seed in rows if all(seed)]
+    if not kept or len({row.units for seed in kept for row in seed}) != 1:
+        return None
+    scores = np.mean([[row.unit_scores() for row in seed] for seed in kept], axis=0)
+    metric, chain = kept[0][-1], group[0][-1]
+    sign = -1.0 if metric.direction == "lower" else 1.0
+    found = interaction(scores[0], list(scores[1:-1]), scores[-1], metric.aggregate)
+    low, high = sorted((sign * found.low, sign * found.high))
+    verdict: Joint = "the sum"
+    if low > 0 or high < 0:
+        verdict = "more than the sum" if low > 0 else "harmful"
+    return ChainResult(
+        chain=chain.method,
+        variant=chain.variant,
+        model=chain.model,
+        task=chain.task,
+        metric=metric.name,
+        direction=metric.direction,
+        scale="mean log score" if metric.aggregate == "exp-mean" else metric.name,
+        links=tuple(chain.method.split(SEPARATOR)),
+        alone=tuple(sign * effect for effect in found.alone),
+        together=sign * found.together,
+        excess=sign * found.excess,
+        low=low,
+        high=high,
+        units=found.units,
+        seeds=len(kept),
+        verdict=verdict,
+        runs=tuple(run.id for seed in group for run in seed),
     )

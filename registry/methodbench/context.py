@@ -8,6 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from methodbench.torchkit.model import LoadedModel
 
 
 @dataclass(slots=True)
@@ -27,6 +31,8 @@ class Context:
     """What a reader of the result should know; shown on the run's page."""
     phases: dict[str, float] = field(default_factory=dict)
     """Wall-clock seconds by phase."""
+    dense: LoadedModel | None = None
+    """Inside a chain of compressors, the model before its first link: what a compensating link corrects towards."""
 
     def warn(self, message: str) -> None:
         """Attach a remark to the record, once, and write it to the log."""

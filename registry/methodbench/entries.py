@@ -20,6 +20,9 @@ Direction = Literal["lower", "higher"]
 Fidelity = Literal["authors-code", "reimplementation", "paper", "partial", "baseline"]
 Aggregate = Literal["mean", "exp-mean", "median", "single"]
 
+#: What a compressor does to a model, in the order in which a chain of compressors goes through it.
+STAGES = ("transform", "rotate", "prune", "quantize", "compensate", "finetune")
+
 #: How to read ``Method.fidelity`` on the board.
 FIDELITIES: Mapping[str, str] = {
     "authors-code": "parity with the authors' code",
@@ -147,17 +150,29 @@ class Method:
     extra: str = ""
     """The optional dependency that it needs."""
     resources: Resources = Resources()
+    stage: str = ""
+    """Of a compressor, one of :data:`STAGES`: where it stands in a chain; empty when it cannot be chained."""
+    links: tuple[Method, ...] = ()
+    """Of a chain (see :mod:`methodbench.composition`), what it applies one after the other; plugins leave it empty."""
 
     def __post_init__(self) -> None:
-        _check_name("method", self.name)
+        for name in self.name.split(" + ") if self.links else [self.name]:
+            _check_name("method", name)
         _check_name("family", self.family)
         _check_impl(f"method {self.name}", self.impl)
+        if self.stage and self.stage not in STAGES:
+            raise EntryError(f"method {self.name}: stage {self.stage!r} is not one of {', '.join(STAGES)}")
         if self.fidelity not in FIDELITIES:
             raise EntryError(
                 f"method {self.name}: fidelity {self.fidelity!r} is not one of {', '.join(FIDELITIES)}"
             )
         for preset in self.presets:
             _check_name(f"method {self.name}: preset", preset)
+
+    @property
+    def implementations(self) -> tuple[str, ...]:
+        """Everything that runs: the implementation, and those of the links of a chain."""
+        return (self.impl, *(link.impl for link in self.links))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

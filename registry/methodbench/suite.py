@@ -11,6 +11,7 @@ A suite (YAML or TOML) lists comparisons; each is a grid of methods, models, tas
           - identity
           - {name: some-quantizer, presets: [w3g64]}
           - {name: other-quantizer, params: {bits: 3}, grid: {group_size: [-1, 64, 128]}}
+          - some-pruner@s50 + some-quantizer@w3g64
         seeds: [0, 1, 2]
         exclude: [{method: other-quantizer, task: other-task}]
 
@@ -28,9 +29,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from methodbench.composition import preset_params, split_use
 from methodbench.documents import Strict, parse_document
 from methodbench.entries import Method
-from methodbench.errors import SuiteError, UnknownNameError
+from methodbench.errors import SuiteError
 
 if TYPE_CHECKING:
     from methodbench.catalog import Catalog
@@ -42,15 +44,19 @@ def _named(value: Any) -> Any:
 
 def _method_named(value: Any) -> Any:
     if isinstance(value, str):
-        name, at, preset = value.partition("@")
-        return {"name": name, "presets": [preset]} if at else {"name": name}
+        name, preset = split_use(value)
+        return {"name": name, "presets": [preset]} if preset else {"name": name}
     return value
 
 
 class MethodUse(Strict):
-    """A method with the settings to run it in; ``name`` or ``name@preset`` is short for it."""
+    """A method with the settings to run it in; ``name`` or ``name@preset`` is short for it.
 
-    name: str = Field(description="name of the method")
+    A chain of compressors is written ``a + b``, or ``a@preset + b@preset`` for short; its presets read
+    ``preset + preset``, and its hyperparameters ``a.name`` and ``b.name``.
+    """
+
+    name: str = Field(description="name of the method, or of a chain of compressors")
     presets: list[str] = Field(default=[], description="named settings of the method; one variant each")
     params: dict[str, Any] = Field(default={}, description="hyperparameters common to all variants")
     grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(
@@ -63,12 +69,7 @@ class MethodUse(Strict):
         Raises:
             UnknownNameError: a preset that the method does not have.
         """
-        for preset in self.presets:
-            if preset not in method.presets:
-                raise UnknownNameError(f"preset of {method.name}", preset, method.presets)
-        bases: list[tuple[str, Mapping[str, Any]]] = [
-            (name, method.presets[name]) for name in self.presets
-        ] or [("", {})]
+        bases = [(name, preset_params(method, name)) for name in self.presets] or [("", {})]
         found = []
         for (preset, base), values in itertools.product(bases, itertools.product(*self.grid.values())):
             varied = dict(zip(self.grid, values, strict=True))

@@ -36,6 +36,7 @@ def methodbench_methods() -> list[Method]:
         Method(
             name="magnitude",
             kind="compressor",
+            stage="prune",
             family="sparse",
             impl="methodbench_sparse.magnitude:Magnitude",
             summary="Zeroes the weights of smallest absolute value, without data.",
@@ -60,6 +61,7 @@ def methodbench_methods() -> list[Method]:
         Method(
             name="wanda",
             kind="compressor",
+            stage="prune",
             family="sparse",
             impl="methodbench_sparse.wanda:Wanda",
             summary="Zeroes, in every row, the weights of lowest magnitude times input norm.",
@@ -82,6 +84,7 @@ def methodbench_methods() -> list[Method]:
         Method(
             name="wina",
             kind="compressor",
+            stage="prune",
             family="sparse",
             impl="methodbench_sparse.wina:WINA",
             summary="Zeroes, token by token, the inputs of lowest magnitude times column norm.",

@@ -133,18 +133,27 @@ def results(
 
 @click.command()
 @click.argument("a", metavar="METHOD[@VARIANT]")
-@click.argument("b", metavar="METHOD[@VARIANT]")
+@click.argument("b", metavar="METHOD[@VARIANT]", required=False)
 @db_option
 @json_option
-def compare(a: str, b: str, db: str | None, as_json: bool) -> None:
-    """Compare two methods on the cells that both share: paired difference, interval, p-value, win or loss."""
-    from methodbench import api
+def compare(a: str, b: str | None, db: str | None, as_json: bool) -> None:
+    """Compare two methods on the cells that both share: paired difference, interval, p-value, win or loss.
 
+    A chain alone ('A@X + B@Y') is compared with its links: is it more than their sum, the sum, or harmful?
+    """
+    from methodbench import api
+    from methodbench.composition import is_chain, split_use
+
+    if b is None:
+        if not is_chain(a):
+            raise click.UsageError("Give two methods, or one chain such as 'A@X + B@Y'.")
+        _print_interactions(a, db, as_json)
+        return
     found = api.compare(a, b, db=db)
     if as_json:
         echo_json([dataclasses.asdict(row) for row in found])
         return
-    first, second = a.partition("@")[0], b.partition("@")[0]
+    first, second = split_use(a)[0], split_use(b)[0]
     if first == second:
         first, second = a, b
     of_first, of_second = f"of {first}", f"of {second}"
@@ -181,3 +190,31 @@ def compare(a: str, b: str, db: str | None, as_json: bool) -> None:
 
 def _probability(value: float) -> str:
     return "<0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def _print_interactions(chain: str, db: str | None, as_json: bool) -> None:
+    from methodbench import api
+
+    found = api.interactions(chain, db=db)
+    if as_json:
+        echo_json([dataclasses.asdict(row) for row in found])
+        return
+    links = found[0].links if found else ()
+    headers = (
+        "verdict", "model", "task", "settings", "effect on", *links, "sum", "together", "excess", "95 % interval",
+        "units × seeds",
+    )  # fmt: skip
+    rows = [
+        (
+            row.verdict, row.model or "–", row.task, row.variant or "–", f"{row.metric} ({row.scale})"
+            if row.scale != row.metric else row.metric, *(number(effect) for effect in row.alone),
+            number(sum(row.alone)), number(row.together), number(row.excess), interval(row.low, row.high),
+            f"{row.units} × {row.seeds}",
+        )
+        for row in found
+    ]  # fmt: skip
+    table(headers, rows, right=(*links, "sum", "together", "excess"))
+    click.echo(
+        "\nEffects are against the untouched model; positive is better. The chain is more than the sum, or harmful, "
+        "where the 95 % interval of the excess (together − sum) lies above, or below, zero."
+    )

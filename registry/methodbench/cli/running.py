@@ -51,7 +51,11 @@ def cell_options(function: Any) -> Any:
     """Options that describe cells: methods, models, tasks and their settings."""
     options = [
         click.option(
-            "--method", "methods", multiple=True, metavar="NAME[@PRESET]", help="A method; repeatable."
+            "--method",
+            "methods",
+            multiple=True,
+            metavar="NAME[@PRESET]",
+            help="A method, or a chain 'A@X + B@Y'; repeatable.",
         ),
         click.option(
             "--param", "params", multiple=True, metavar="NAME=VALUE", help="A hyperparameter of the methods."
@@ -96,11 +100,13 @@ def wanted_suites(suites: tuple[str, ...], chosen: dict[str, Any]) -> list[Any]:
         return list(suites)
     if not chosen["methods"] or not chosen["tasks"]:
         raise click.UsageError("Give a suite (see `methodbench list suites`), or --method and --task.")
+    from methodbench.composition import split_use
+
     params = _assignments(chosen["params"], "--param")
     methods = []
     for name in chosen["methods"]:
-        method, at, preset = name.partition("@")
-        methods.append({"name": method, "presets": [preset] if at else [], "params": params})
+        method, preset = split_use(name)
+        methods.append({"name": method, "presets": [preset] if preset else [], "params": params})
     task_params = _assignments(chosen["task_params"], "--task-param")
     comparison = {
         "methods": methods,

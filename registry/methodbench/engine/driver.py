@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from methodbench import __version__, sources
+from methodbench.composition import describe_links
 from methodbench.engine.cell import Cell, Job, group_jobs
 from methodbench.engine.executors import CellOutcome, Executor, ExecutorOptions, LocalExecutor
 from methodbench.engine.slots import Needs
@@ -225,7 +226,7 @@ def _fitting(todo: list[Cell], executor: Executor, report: Report, reporter: Rep
 
 def _preload(todo: Sequence[Cell]) -> list[str]:
     """Return the modules that workers of these cells import anyway, so that they are imported once."""
-    implementations = [name for cell in todo for name in (cell.method.impl, cell.task.impl)]
+    implementations = [name for cell in todo for name in (*cell.method.implementations, cell.task.impl)]
     implementations += [cell.model.loader for cell in todo if cell.model]
     modules = dict.fromkeys(name.partition(":")[0] for name in implementations)
     return ["methodbench.engine.worker", *modules]
@@ -500,6 +501,7 @@ def _method_data(method: Method, params: Mapping[str, Any]) -> dict[str, Any]:
         "impl": method.impl,
         "params": dict(params),
         "needs": list(method.needs),
+        "links": describe_links(method, params),
     }
 
 

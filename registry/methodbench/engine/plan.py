@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from methodbench import sources
+from methodbench.composition import join_params, link_params
 from methodbench.engine.cell import Cell
 from methodbench.engine.probe import Question, resolve_all
 from methodbench.entries import Method, Model, Task
@@ -55,7 +56,8 @@ class _Draft:
     comparison: Comparison
 
     def questions(self) -> Iterable[Question]:
-        yield Question(self.method.name, self.method.impl, self.params)
+        for link, params in link_params(self.method, self.params):
+            yield Question(link.name, link.impl, params)
         yield Question(self.task.name, self.task.impl, {**self.task.options, **self.task_passed})
         if self.model:
             yield Question(self.model.name, self.model.loader, self.model.options)
@@ -74,7 +76,9 @@ def make_plan(suite: Suite, catalog: Catalog) -> Plan:
     for comparison in suite.comparisons:
         drafts += _expand(comparison, catalog, plan)
     for draft in drafts:
-        for kind, entry in (("method", draft.method), ("model", draft.model), ("task", draft.task)):
+        for method in draft.method.links or (draft.method,):
+            _check_extra(catalog, "method", method)
+        for kind, entry in (("model", draft.model), ("task", draft.task)):
             if entry is not None:
                 _check_extra(catalog, kind, entry)
     questions = [question for draft in drafts for question in draft.questions()]
@@ -142,25 +146,34 @@ def _without_gpu(method: Method, task: Task, device: str) -> str:
 
 def _cell(draft: _Draft, answers: list[dict[str, Any]], seed: int, suite: str) -> Cell:
     model = draft.model
+    links = len(draft.method.links) or 1
+    of_links, (task_params, *model_options) = answers[:links], answers[links:]
     return Cell(
         method=draft.method,
         variant=draft.variant,
         params_passed=dict(draft.params),
-        params=answers[0],
+        params=join_params(draft.method, of_links),
         model=model,
         task=draft.task,
         task_passed=dict(draft.task_passed),
-        task_params=answers[1],
+        task_params=task_params,
         seed=seed,
         dtype=draft.comparison.dtype,
         device=draft.comparison.device,
         threads=draft.comparison.threads or draft.task.threads,
         timeout=draft.comparison.timeout,
         suite=suite,
-        method_digest=source_digest(draft.method.impl),
-        weights_digest=weights_digest(model, answers[2]) if model else "",
+        method_digest=method_digest(draft.method),
+        weights_digest=weights_digest(model, model_options[0]) if model else "",
         data_digest=data_digest(draft.task.data),
     )
+
+
+def method_digest(method: Method) -> str:
+    """Return the identity of a method's source; of a chain, that of every link in its order."""
+    if not method.links:
+        return source_digest(method.impl)
+    return digest([source_digest(implementation) for implementation in method.implementations])
 
 
 def weights_digest(model: Model, options: Mapping[str, Any]) -> str:

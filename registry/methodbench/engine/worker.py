@@ -182,9 +182,7 @@ class _Bench:
         wanted = self.job["method"]
         if self.method is None:
             with self._phase(ctx, "import"):
-                self.method = params.build(
-                    load_implementation(wanted["impl"]), wanted["params"], wanted["name"]
-                )
+                self.method = _method(wanted)
         described = cell["task"]
         task = params.build(load_implementation(described["impl"]), described["params"], described["name"])
         _settle(self.job)
@@ -286,6 +284,15 @@ class _Bench:
             save_file({"inputs": data.inputs.contiguous()}, temporary, metadata={"source": data.source})
             temporary.replace(path)
         return data
+
+
+def _method(wanted: Mapping[str, Any]) -> Any:
+    implementation = load_implementation(wanted["impl"])
+    if wanted["links"]:
+        return implementation(
+            wanted["name"], [(link, _method({**link, "links": []})) for link in wanted["links"]]
+        )
+    return params.build(implementation, wanted["params"], wanted["name"])
 
 
 def _storage(model: LoadedModel) -> dict[str, Any]:

@@ -119,3 +119,74 @@ class Scale:
         small.storage = "simulated"
         small.facts["calibrated_on"] = len(data)
         return small
+
+
+class _Compressor:
+    def compress(self, model, data, ctx):
+        from methodbench.torchkit.model import set_weight
+
+        small = model.clone()
+        for layer in small.adapter.targets(small.module).values():
+            set_weight(layer, self.changed(layer.weight))
+        small.storage = "simulated"
+        return small
+
+
+@hyperparameters
+class ZeroColumns(_Compressor):
+    """Zeroes the first columns of every weight."""
+
+    columns: Annotated[int, Field(ge=0, description="how many")] = 1
+
+    def changed(self, weight):
+        weight = weight.clone()
+        weight[:, : self.columns] = 0
+        return weight
+
+
+@hyperparameters
+class Round(_Compressor):
+    """Rounds every weight to a grid, shifted off zero on request."""
+
+    step: Annotated[float, Field(gt=0, description="distance of the grid's points")] = 0.25
+    shift: float = 0.0
+
+    def changed(self, weight):
+        return ((weight - self.shift) / self.step).round() * self.step + self.shift
+
+
+@hyperparameters
+class Mask:
+    """Replaces every layer by one of another class."""
+
+    def compress(self, model, data, ctx):
+        from torch import nn
+
+        from methodbench.torchkit.model import set_submodule
+
+        class MaskedLinear(nn.Linear):
+            pass
+
+        small = model.clone()
+        for name, layer in small.adapter.targets(small.module).items():
+            masked = MaskedLinear(layer.in_features, layer.out_features, bias=False)
+            masked.weight = layer.weight
+            set_submodule(small.module, name, masked)
+        return small
+
+
+@hyperparameters
+class Restore:
+    """Puts back the largest weight of every layer, from the model before the chain."""
+
+    def compress(self, model, data, ctx):
+        import torch
+
+        from methodbench.torchkit.model import set_weight
+
+        fixed = model.clone()
+        dense = ctx.dense.adapter.targets(ctx.dense.module)
+        for name, layer in fixed.adapter.targets(fixed.module).items():
+            largest = dense[name].weight.abs() == dense[name].weight.abs().max()
+            set_weight(layer, torch.where(largest, dense[name].weight, layer.weight))
+        return fixed

@@ -17,6 +17,13 @@ def methodbench_families():
     return [Family(name="toy", title="Toys", summary="For tests.")]
 
 
+def _link(name: str, attribute: str, stage: str, **more: object) -> Method:
+    return Method(
+        name=name, kind="compressor", family="toy", impl=f"toybench.methods:{attribute}", summary=f"{name}.",
+        applies_to=("toy-net",), stage=stage, **more,
+    )  # type: ignore[arg-type]  # fmt: skip
+
+
 @hookimpl
 def methodbench_methods():
     return [
@@ -29,6 +36,10 @@ def methodbench_methods():
         ),
         _probe("needs-gpus", "Noop", resources=Resources(gpus=2)),
         _probe("needs-memory", "Noop", resources=Resources(memory=1e6)),
+        _link("zero-columns", "ZeroColumns", "prune", presets={"two": {"columns": 2}}),
+        _link("round", "Round", "quantize", presets={"coarse": {"step": 0.5}, "off-zero": {"shift": 0.1}}),
+        _link("mask", "Mask", "prune"),
+        _link("restore", "Restore", "compensate"),
         Method(
             name="needs-extra", kind="probe", family="toy", impl="toybench.methods:Noop", summary="x", extra="absent"
         ),

@@ -138,6 +138,7 @@ METHODS: list[Method] = [
     Method(
         name="rtn",
         kind="compressor",
+        stage="quantize",
         family="quant",
         impl="methodbench_quant.llm.rtn:RTN",
         summary="Rounds every weight to the nearest level of its group's grid: the zero line of the field.",
@@ -171,6 +172,7 @@ METHODS: list[Method] = [
     Method(
         name="gptq",
         kind="compressor",
+        stage="quantize",
         family="quant",
         impl="methodbench_quant.llm.gptq:GPTQ",
         summary="Rounds a layer column by column and spreads each error over the columns that are left.",
@@ -198,6 +200,7 @@ METHODS: list[Method] = [
     Method(
         name="awq",
         kind="compressor",
+        stage="quantize",
         family="quant",
         impl="methodbench_quant.llm.awq:AWQ",
         summary="Scales up the input channels with large activations before rounding, and clips each group.",

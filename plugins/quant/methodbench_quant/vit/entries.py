@@ -10,6 +10,7 @@ METHODS: list[Method] = [
     Method(
         name="vit-minmax",
         kind="compressor",
+        stage="quantize",
         family="quant",
         impl="methodbench_quant.vit.minmax:MinMaxViT",
         summary="Min-max grids, fixed by calibration: one per activation tensor, one per output channel.",
@@ -23,6 +24,7 @@ METHODS: list[Method] = [
     Method(
         name="repq-vit",
         kind="compressor",
+        stage="quantize",
         family="quant",
         impl="methodbench_quant.vit.repq_vit:RepQViT",
         summary="Searches LayerNorm outputs per channel and folds the scales into the layers around them.",
