@@ -183,9 +183,15 @@ def compare(a: str, b: str | None, db: str | None, as_json: bool) -> None:
     table(headers, rows, right=(of_first, of_second, "difference", "p", "p (Holm)"))
     counts = Counter(row.verdict for row in found)
     click.echo(
-        f"\n{first} against {second}: {counts['win']} wins, {counts['tie']} ties, {counts['loss']} losses. "
+        f"\n{first} against {second}: {_count(counts['win'], 'win')}, {_count(counts['tie'], 'tie')}, "
+        f"{_count(counts['loss'], 'loss')}. "
         "A win or a loss is a 95 % interval of the paired difference without zero; p is of the sign-flip test."
     )
+
+
+def _count(number: int, what: str) -> str:
+    plural = f"{what}es" if what.endswith("s") else f"{what}s"
+    return f"{number} {what if number == 1 else plural}"
 
 
 def _probability(value: float) -> str:

@@ -65,16 +65,19 @@ class Chain:
     def _check_layers(
         self, dense: LoadedModel, current: LoadedModel, link: str, steps: Sequence[Mapping[str, Any]]
     ) -> None:
-        """Refuse a model whose layers are no longer those that a method for dense models reads and replaces."""
+        """Refuse a model whose layers are no longer those that a method for dense models reads and replaces.
+
+        Layers may have moved (behind a rotation of their input), but not changed their class.
+        """
         if not steps:
             return
         before, after = _types(dense), _types(current)
-        changed = sorted({kind.__name__ for name, kind in after.items() if before.get(name) is not kind})
-        if changed or before.keys() != after.keys():
+        changed = sorted({kind.__name__ for kind in after} - {kind.__name__ for kind in before})
+        if changed or len(after) < len(before):
             made = " and ".join(changed) or "other layers"
             raise NotApplicableError(
-                f"{self.name}: {steps[-1]['method']} turns the Linears of {dense.name} into {made}, and {link} would "
-                "undo that by replacing them"
+                f"{self.name}: {steps[-1]['method']} turns layers of {dense.name} into {made}, and {link} would undo "
+                "that by replacing them"
             )
 
     def _check_zeros(
@@ -87,8 +90,8 @@ class Chain:
             )
 
 
-def _types(model: LoadedModel) -> dict[str, type[nn.Module]]:
-    return {name: type(layer) for name, layer in model.adapter.targets(model.module).items()}
+def _types(model: LoadedModel) -> list[type[nn.Module]]:
+    return [type(layer) for layer in model.adapter.targets(model.module).values()]
 
 
 def zeros_share(model: LoadedModel) -> float | None:
