@@ -8,9 +8,9 @@ import secrets
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import quote
 
 import numpy as np
@@ -43,8 +43,10 @@ from methodbench_leaderboard.records import Records, metric_info
 
 #: Tells a folder of ours from anything else that must not be replaced.
 MARKER = ".methodbench-site"
-#: With more questions than this, a table writes intervals and differences below its values.
+#: With more questions than this, a table writes intervals and differences below its values ...
 WIDE = 1
+#: ... and with more cells than this it leaves the differences and charts to the pages of tasks.
+COMPACT = 240
 #: Missing cells and failures that a page lists; the rest is counted.
 MOST_LISTED = 60
 
@@ -143,13 +145,15 @@ class _TableView:
     costs: Mapping[str, Cell | None]
     """Of each row, the cell that costs are read from."""
     missing: list[Any]
-    wide: bool
+    layout: Literal["full", "wide", "compact"]
     shows: frozenset[str]
     """Which cost columns have a value in some row."""
 
     @property
     def columns(self) -> int:
-        per_question = [2 if self.wide else 3 + asked.compared for asked in self.questions]
+        per_question = [
+            {"full": 3 + asked.compared, "wide": 2, "compact": 1}[self.layout] for asked in self.questions
+        ]
         return 1 + sum(per_question) + len(self.shows)
 
 
@@ -163,6 +167,19 @@ class _BoardView:
     top: Group
     """The group of most rows on the first table, cut to the best."""
     lead: _TableView
+
+
+@dataclass(frozen=True, slots=True)
+class _Section:
+    """One question on the page of its task."""
+
+    title: str
+    asked: _QuestionView
+    anchor: str
+    table: Table
+    board: str
+    """Path of the board, with the table's anchor."""
+    board_title: str
 
 
 class _Site:
@@ -191,6 +208,7 @@ class _Site:
         self.jinja.globals.update(
             run_path=self._run_path,
             method_path=lambda name: f"methods/{formats.slug(name)}.html",
+            task_path=lambda name: f"tasks/{formats.slug(name)}.html",
             fidelities=FIDELITIES,
             records=records,
             version=__version__,
@@ -227,6 +245,7 @@ class _Site:
         for name, entry in methods.items():
             of_method = newest_first.filter(pl.col("method") == name)
             self._method_page(name, entry, of_method, boards)
+        self._task_pages(boards)
         self._page(
             "runs.html", "runs.html", section="runs", runs=records.briefs(newest_first.head(MOST_RUNS))
         )
@@ -312,7 +331,11 @@ class _Site:
             ],
             costs=costs,
             missing=board.missing(table, self.catalog),
-            wide=len(table.questions) > WIDE,
+            layout="full"
+            if len(table.questions) <= WIDE
+            else "wide"
+            if len(table.questions) * len(table.rows) <= COMPACT
+            else "compact",
             shows=frozenset(shows),
         )
 
@@ -373,6 +396,38 @@ class _Site:
                 by_name[name].append(charts.Curve(row.label, cell.run.id, points))
         drawn = [(name, charts.curve_chart(curves)) for name, curves in sorted(by_name.items())]
         return [(name, chart) for name, chart in drawn if chart is not None]
+
+    def _task_pages(self, boards: Sequence[_BoardView]) -> None:
+        sections: dict[str, list[_Section]] = defaultdict(list)
+        for view in boards:
+            for shown in view.tables:
+                for asked in shown.questions:
+                    question, asked_by = asked.question, sections[asked.question.task]
+                    title = " ".join(filter(None, [question.model or question.task, question.suffix]))
+                    asked_by.append(
+                        _Section(
+                            title=f"{title}: {view.board.title}",
+                            # One question may be on the boards of several families.
+                            asked=replace(asked, anchor=f"q{len(asked_by) + 1}"),
+                            anchor=f"s{len(asked_by) + 1}",
+                            table=shown.table,
+                            board=f"{view.path}#{shown.table.anchor}",
+                            board_title=view.board.title,
+                        )
+                    )
+        run_counts = dict(self.records.frame.group_by("task").len().iter_rows())
+        names = sorted({*self.catalog.tasks, *run_counts})
+        tasks = {name: find_task(self.catalog, name) for name in names}
+        self._page("tasks.html", "tasks.html", section="tasks", tasks=tasks, run_counts=run_counts)
+        for name, entry in tasks.items():
+            self._page(
+                f"tasks/{formats.slug(name)}.html",
+                "task.html",
+                section="tasks",
+                name=name,
+                entry=entry,
+                sections=sections[name],
+            )
 
     def _method_page(
         self, name: str, entry: Method | None, runs: pl.DataFrame, boards: Sequence[_BoardView]
@@ -441,7 +496,7 @@ def _environment_path(digest: str) -> str:
 
 def _sortable(value: float | None) -> str:
     """Return what a script sorts a cell by: the number, or nothing, which sorts last."""
-    return repr(float(value)) if value is not None and math.isfinite(value) else ""
+    return f"{value:.9g}" if value is not None and math.isfinite(value) else ""
 
 
 def _scores(metric: MetricValue) -> charts.Histogram | None:
