@@ -24,7 +24,7 @@ REACH = 100.0
 #: Values beyond this are drawn at the end of an axis: differences of larger ones overflow.
 LARGEST = 1e300
 #: Approximate width of a character of a label, in units of the view box.
-CHARACTER = 6.1
+CHARACTER = 6.8
 #: Lines of one chart of curves; more are told by neither colour nor dash.
 MOST_CURVES = 8
 #: Points of a drawn curve.

@@ -53,7 +53,7 @@ MOST_LISTED = 60
 #: Up to this many runs each has a page of its own; more are shown by one page from sharded data.
 MOST_RUN_PAGES = 400
 #: Newest runs that the page of all runs lists, and the page of a method.
-MOST_RUNS, MOST_RUNS_OF_METHOD = 1000, 100
+MOST_RUNS, MOST_RUNS_OF_METHOD = 500, 100
 
 _STATIC = ("site.css", "site.js", "run.js", "favicon.svg")
 
@@ -496,7 +496,7 @@ def _environment_path(digest: str) -> str:
 
 def _sortable(value: float | None) -> str:
     """Return what a script sorts a cell by: the number, or nothing, which sorts last."""
-    return f"{value:.9g}" if value is not None and math.isfinite(value) else ""
+    return f"{value:.7g}" if value is not None and math.isfinite(value) else ""
 
 
 def _scores(metric: MetricValue) -> charts.Histogram | None:
