@@ -7,9 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from methodbench.errors import SourceError
-from methodbench.testing.parity import Vectors, load_vectors
-
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("METHODBENCH_VECTORS", str(ROOT / "tests" / "vectors"))
 
@@ -25,14 +22,3 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "slow" in item.keywords:
             item.add_marker(skip)
-
-
-@pytest.fixture
-def vectors(request: pytest.FixtureRequest) -> Vectors:
-    """The vector file named by ``pytestmark = pytest.mark.vectors(family, name)``."""
-    marker = request.node.get_closest_marker("vectors")
-    assert marker is not None, "mark the test with pytest.mark.vectors(family, name)"
-    try:
-        return load_vectors(*marker.args)
-    except SourceError as error:
-        pytest.skip(str(error))

@@ -1,16 +1,24 @@
 """The catalogue: what every installed plugin offers, and what fits what.
 
-Plugins are found through the entry-point group ``methodbench``. One that cannot be imported, or that returns
-nonsense, is left out and named in :attr:`Catalog.problems`; everything else works.
+Plugins are found through the entry-point group ``methodbench``. One that cannot be imported or takes too long to
+import, that speaks hooks of another version or returns nonsense, is left out and named in
+:attr:`Catalog.problems`; everything else works.
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
+import signal
+import sys
+import threading
 import time
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
+from types import ModuleType
 from typing import Any, TypeVar
 
 import pluggy
@@ -20,6 +28,13 @@ from methodbench.entries import Family, Method, Model, SuiteFile, Task
 from methodbench.errors import UnknownNameError
 
 E = TypeVar("E", Family, Method, Model, Task, SuiteFile)
+
+#: CPU seconds that the import of a plugin's module may take; ``METHODBENCH_IMPORT_BUDGET`` overrides it.
+IMPORT_BUDGET = 0.5
+#: Seconds after which an import that hangs is broken off.
+IMPORT_LIMIT = 10.0
+#: Entries that one hook may return: a generator without an end must not stop every command.
+MOST_ENTRIES = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +68,8 @@ class Catalog:
     suites: dict[str, SuiteFile] = field(default_factory=dict)
     plugins: list[PluginInfo] = field(default_factory=list)
     problems: list[PluginProblem] = field(default_factory=list)
+    remarks: list[PluginProblem] = field(default_factory=list)
+    """Plugins that work, and use what a later version will no longer have."""
     owners: dict[tuple[str, str], str] = field(default_factory=dict)
     """Plugin of each entry, by (kind of entry, name)."""
 
@@ -122,15 +139,21 @@ class Catalog:
         return ""
 
 
-def load_catalog(*, without: Iterable[str] = (), points: Iterable[EntryPoint] | None = None) -> Catalog:
+def load_catalog(
+    *,
+    without: Iterable[str] = (),
+    points: Iterable[EntryPoint] | None = None,
+    specs: ModuleType = hookspecs,
+) -> Catalog:
     """Load every plugin and join what they offer.
 
     Args:
         without: names of plugins to leave out (also ``METHODBENCH_NO_PLUGIN``, separated by commas).
         points: entry points to load instead of the installed ones.
+        specs: module of hook specifications.
     """
     manager = pluggy.PluginManager(hookspecs.GROUP)
-    manager.add_hookspecs(hookspecs)
+    manager.add_hookspecs(specs)
     catalog = Catalog(manager)
     skipped = {*without, *filter(None, os.environ.get("METHODBENCH_NO_PLUGIN", "").split(","))}
     found = entry_points(group=hookspecs.GROUP) if points is None else points
@@ -150,14 +173,24 @@ def load_catalog(*, without: Iterable[str] = (), points: Iterable[EntryPoint] | 
 def _register(catalog: Catalog, point: EntryPoint) -> None:
     start = time.process_time()
     try:
-        module = point.load()
-        catalog.manager.register(module, name=point.name)
-        catalog.manager.check_pending()
+        with _guarded_import(point.name):
+            module = point.load()
+        seconds = time.process_time() - start
+        _check_plugin(catalog, point, module, seconds)
     except (Exception, SystemExit) as error:
-        if catalog.manager.has_plugin(point.name):
+        catalog.problems.append(PluginProblem(point.name, _say(error)))
+        return
+    try:
+        with warnings.catch_warnings(record=True) as heard:
+            warnings.simplefilter("always")
+            catalog.manager.register(module, name=point.name)
+            catalog.manager.check_pending()
+    except (Exception, SystemExit) as error:
+        if catalog.manager.get_plugin(point.name) is module:
             catalog.manager.unregister(name=point.name)
         catalog.problems.append(PluginProblem(point.name, _say(error)))
         return
+    catalog.remarks += [PluginProblem(point.name, str(warning.message)) for warning in heard]
     distribution = point.dist
     catalog.plugins.append(
         PluginInfo(
@@ -165,9 +198,69 @@ def _register(catalog: Catalog, point: EntryPoint) -> None:
             module=point.value,
             distribution=distribution.name if distribution else "",
             version=distribution.version if distribution else "",
-            import_seconds=time.process_time() - start,
+            import_seconds=seconds,
         )
     )
+
+
+class PluginError(Exception):
+    """A plugin that loads, and cannot be used as it is."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+def import_budget() -> float:
+    """Return the CPU seconds that the import of a plugin's module may take."""
+    try:
+        return float(os.environ["METHODBENCH_IMPORT_BUDGET"])
+    except (KeyError, ValueError):
+        return IMPORT_BUDGET
+
+
+@contextlib.contextmanager
+def _guarded_import(name: str) -> Iterator[None]:
+    """Keep what a plugin prints off standard output, and break off an import that hangs.
+
+    A signal does it, which only the main thread can have; elsewhere a hanging import hangs.
+    """
+
+    def stop(signum: int, frame: object) -> None:
+        raise PluginError(f"its import was broken off after {IMPORT_LIMIT:g} seconds")
+
+    timed = threading.current_thread() is threading.main_thread() and hasattr(signal, "setitimer")
+    # Somebody else's alarm goes first.
+    timed = timed and signal.getsignal(signal.SIGALRM) is signal.SIG_DFL
+    with contextlib.redirect_stdout(sys.stderr):
+        if not timed:
+            yield
+            return
+        signal.signal(signal.SIGALRM, stop)
+        signal.setitimer(signal.ITIMER_REAL, IMPORT_LIMIT)
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+
+
+def _check_plugin(catalog: Catalog, point: EntryPoint, module: Any, seconds: float) -> None:
+    if catalog.manager.has_plugin(point.name):
+        first = next(plugin for plugin in catalog.plugins if plugin.name == point.name)
+        raise PluginError(f"the name is taken by {first.module} of {first.distribution or 'another plugin'}")
+    if seconds > import_budget():
+        raise PluginError(
+            f"importing {point.value} took {seconds:.2f} CPU seconds, and the budget is {import_budget():.2f}: "
+            "name implementations as strings, so that only workers import their libraries"
+        )
+    version = getattr(module, hookspecs.VERSION_ATTRIBUTE, hookspecs.HOOK_VERSION)
+    oldest, newest = hookspecs.OLDEST_HOOK_VERSION, hookspecs.HOOK_VERSION
+    if not isinstance(version, int) or isinstance(version, bool):
+        raise PluginError(f"{hookspecs.VERSION_ATTRIBUTE} is {version!r}, not a whole number")
+    if not oldest <= version <= newest:
+        spoken = f"version {newest}" if oldest == newest else f"versions {oldest} to {newest}"
+        mend = "update the plugin" if version < oldest else "update methodbench"
+        raise PluginError(f"it speaks hook version {version}, and this methodbench speaks {spoken}: {mend}")
 
 
 def _collect(catalog: Catalog, what: str, cls: type[E], into: dict[str, E]) -> None:
@@ -175,7 +268,9 @@ def _collect(catalog: Catalog, what: str, cls: type[E], into: dict[str, E]) -> N
     # pluggy calls the plugin registered last first; the catalogue gives a name to the one registered first.
     for impl in getattr(catalog.manager.hook, f"methodbench_{what}").get_hookimpls():
         try:
-            entries = list(impl.function())
+            entries = list(itertools.islice(impl.function(), MOST_ENTRIES + 1))
+            if len(entries) > MOST_ENTRIES:
+                raise PluginError(f"it returns more than {MOST_ENTRIES:,} entries")
         except (Exception, SystemExit) as error:
             catalog.problems.append(PluginProblem(impl.plugin_name, f"methodbench_{what}: {_say(error)}"))
             continue
@@ -209,6 +304,8 @@ def _lookup(what: str, name: str, known: Mapping[str, E]) -> E:
 
 
 def _say(error: BaseException) -> str:
+    if isinstance(error, PluginError):
+        return str(error)
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 

@@ -47,6 +47,12 @@ def _check_impl(owner: str, impl: str) -> None:
         raise EntryError(f"{owner}: implementation {impl!r} must read 'package.module:attribute'")
 
 
+def _check_tuples(owner: str, **fields: tuple[str, ...]) -> None:
+    for name, value in fields.items():
+        if not isinstance(value, (tuple, list)) or not all(isinstance(item, str) for item in value):
+            raise EntryError(f"{owner}: {name} is {value!r}, not a tuple of names such as ('one',)")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Paper:
     """Where a method was published."""
@@ -141,8 +147,12 @@ class Method:
     fidelity: Fidelity = "paper"
     parity: str = ""
     """What it was compared with: repository and commit of the code that made the vectors."""
+    vectors: tuple[str, ...] = ()
+    """Parity vectors that its tests compare it with, as ``family/name``; see :mod:`methodbench.parity`."""
     properties: tuple[str, ...] = ()
-    """Names from the contract suite's vocabulary, with an argument after a colon."""
+    """What it promises, in the vocabulary of :mod:`methodbench.properties`."""
+    expected_failures: Mapping[str, str] = field(default_factory=dict)
+    """Checks of the contract suite that it is known to fail, with the reason."""
     baseline: bool = False
     """True for the do-nothing row that a board pins and compares everything with."""
     positions: str = ""
@@ -162,6 +172,13 @@ class Method:
         _check_impl(f"method {self.name}", self.impl)
         if self.stage and self.stage not in STAGES:
             raise EntryError(f"method {self.name}: stage {self.stage!r} is not one of {', '.join(STAGES)}")
+        _check_tuples(
+            f"method {self.name}",
+            applies_to=self.applies_to,
+            needs=self.needs,
+            vectors=self.vectors,
+            properties=self.properties,
+        )
         if self.fidelity not in FIDELITIES:
             raise EntryError(
                 f"method {self.name}: fidelity {self.fidelity!r} is not one of {', '.join(FIDELITIES)}"
@@ -234,6 +251,7 @@ class Task:
         _check_impl(f"task {self.name}", self.impl)
         if self.threads < 1:
             raise EntryError(f"task {self.name}: threads {self.threads} must be 1 or more")
+        _check_tuples(f"task {self.name}", kinds=self.kinds, accepts=self.accepts)
         if self.protocol < 1:
             raise EntryError(f"task {self.name}: protocol version {self.protocol} must be 1 or more")
         if sum(metric.primary for metric in self.metrics) != 1:

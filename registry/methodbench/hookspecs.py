@@ -4,8 +4,15 @@ A plugin is a module named by an entry point in the group ``methodbench``; it im
 :data:`hookimpl`. The module must be light: it imports nothing heavier than ``methodbench`` itself, because every
 command loads it. Implementations are named as strings and imported only where the work is done.
 
+Hooks evolve by addition: a hook may gain arguments, which implementations need not name. An argument or a hook that
+is to go is first marked with ``warn_on_impl_args`` or ``warn_on_impl``; ``methodbench doctor`` then names the plugins
+that use it. What breaks plugins raises :data:`HOOK_VERSION`; a plugin says which version it was written for in
+``METHODBENCH_HOOKS``, and one outside of :data:`OLDEST_HOOK_VERSION` to :data:`HOOK_VERSION` is left out with that
+reason. Without the attribute a plugin is taken to speak the current version.
+
 >>> from methodbench import hookimpl
 >>> from methodbench.entries import Method
+>>> METHODBENCH_HOOKS = 1
 >>> @hookimpl
 ... def methodbench_methods():
 ...     return [Method(name="halve", kind="compressor", family="mine", impl="mine.halve:Halve", summary="...")]
@@ -24,7 +31,11 @@ if TYPE_CHECKING:
     from methodbench.engine.executors import Executor, ExecutorOptions
 
 GROUP = "methodbench"
+#: Version of this contract, and the oldest one that plugins may still be written for.
 HOOK_VERSION = 1
+OLDEST_HOOK_VERSION = 1
+#: Where a plugin's module says which version it speaks.
+VERSION_ATTRIBUTE = "METHODBENCH_HOOKS"
 
 hookspec = pluggy.HookspecMarker(GROUP)
 hookimpl = pluggy.HookimplMarker(GROUP)

@@ -48,7 +48,13 @@ def methodbench_methods() -> list[Method]:
             claims="sgd.toml",
             fidelity="reimplementation",
             parity=_TORCH,
-            properties=("deterministic",),
+            vectors=("optim/optim_baselines",),
+            properties=(
+                "deterministic",
+                "no-input-mutation",
+                "channel-permutation-equivariant",
+                "dtype-stable",
+            ),
         ),
         Method(
             name="adam",
@@ -67,7 +73,14 @@ def methodbench_methods() -> list[Method]:
             claims="adam.toml",
             fidelity="reimplementation",
             parity=_TORCH,
-            properties=("deterministic",),
+            vectors=("optim/optim_baselines",),
+            properties=(
+                "deterministic",
+                "no-input-mutation",
+                "channel-permutation-equivariant",
+                "dtype-stable",
+                "gradient-scale-invariant",
+            ),
         ),
         Method(
             name="adamw",
@@ -90,7 +103,14 @@ def methodbench_methods() -> list[Method]:
             claims="adamw.toml",
             fidelity="reimplementation",
             parity=_TORCH,
-            properties=("deterministic",),
+            vectors=("optim/optim_baselines",),
+            properties=(
+                "deterministic",
+                "no-input-mutation",
+                "channel-permutation-equivariant",
+                "dtype-stable",
+                "gradient-scale-invariant",
+            ),
         ),
         Method(
             name="lion",
@@ -112,7 +132,14 @@ def methodbench_methods() -> list[Method]:
             claims="lion.toml",
             fidelity="authors-code",
             parity="lion-pytorch 0.2.5, equal to google/automl@6a54c8741",
-            properties=("deterministic",),
+            vectors=("optim/lion",),
+            properties=(
+                "deterministic",
+                "no-input-mutation",
+                "channel-permutation-equivariant",
+                "dtype-stable",
+                "gradient-scale-invariant",
+            ),
         ),
         Method(
             name="diffgrad",
@@ -137,7 +164,13 @@ def methodbench_methods() -> list[Method]:
             claims="diffgrad.toml",
             fidelity="authors-code",
             parity="shivram1987/diffGrad@73233ba47, diffGrad_v2.py and the notebook",
-            properties=("deterministic",),
+            vectors=("optim/diffgrad",),
+            properties=(
+                "deterministic",
+                "no-input-mutation",
+                "channel-permutation-equivariant",
+                "dtype-stable",
+            ),
         ),
     ]
 

@@ -25,6 +25,12 @@ def methodbench_methods() -> list[Method]:
             applies_to=("*",),
             baseline=True,
             fidelity="baseline",
-            properties=("deterministic",),
+            properties=(
+                "deterministic",
+                "no-input-mutation",
+                "idempotent",
+                "scale-equivariant",
+                "dtype-stable",
+            ),
         )
     ]

@@ -50,6 +50,8 @@ def doctor(repair: bool, db: str | None) -> int:
     say(True, f"{psutil.cpu_count()} cores, {size(memory.total)} memory, {size(memory.available)} free")
     for plugin in catalog.plugins:
         say(True, f"plugin {plugin.name} {plugin.version} ({plugin.module})")
+    for remark in catalog.remarks:
+        say(None, f"plugin {remark.plugin}: {remark.error}")
     for problem in catalog.problems:
         say(False, f"plugin {problem.plugin}: {problem.error}")
         wrong += 1

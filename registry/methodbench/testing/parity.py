@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,13 @@ class Vectors(Mapping[str, np.ndarray]):
     path: Path
     arrays: Mapping[str, np.ndarray]
     meta: Mapping[str, Any]
+    read: set[str] = field(default_factory=set, compare=False)
+    """Names of the arrays that were looked at, for the record of what was compared."""
 
     def __getitem__(self, name: str) -> np.ndarray:
-        return self.arrays[name]
+        array = self.arrays[name]
+        self.read.add(name)
+        return array
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.arrays)
@@ -40,7 +44,7 @@ class Vectors(Mapping[str, np.ndarray]):
         """Return an array as a torch tensor of its own memory, cast to ``dtype`` when given."""
         import torch
 
-        tensor = torch.from_numpy(np.array(self.arrays[name]))
+        tensor = torch.from_numpy(np.array(self[name]))
         return tensor if dtype is None else tensor.to(dtype)
 
 

@@ -18,7 +18,13 @@ METHODS: list[Method] = [
         needs=("calibration",),
         presets={f"w{bits}a{bits}": {"w_bits": bits, "a_bits": bits} for bits in (8, 6, 4)},
         fidelity="baseline",
-        properties=("deterministic",),
+        properties=(
+            "deterministic",
+            "no-input-mutation",
+            "monotone:w_bits",
+            "monotone:a_bits",
+            "batch-split-invariant",
+        ),
         extra="quant",
     ),
     Method(
@@ -48,7 +54,14 @@ METHODS: list[Method] = [
         claims="repq-vit.toml",
         fidelity="authors-code",
         parity="zkkli/RepQ-ViT a160561",
-        properties=("deterministic",),
+        vectors=("quant_vision/repq_vit",),
+        properties=(
+            "deterministic",
+            "no-input-mutation",
+            "monotone:w_bits",
+            "monotone:a_bits",
+            "batch-split-invariant",
+        ),
         extra="quant",
     ),
 ]

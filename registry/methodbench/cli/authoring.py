@@ -1,0 +1,117 @@
+"""``new`` and ``check``: from an idea to a method that keeps its promises."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import textwrap
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from methodbench.cli.output import duration, echo_json, get_catalog, json_option
+
+if TYPE_CHECKING:
+    from methodbench.testing.contract import Result, Status
+
+_MARKS = {
+    "passed": ("ok  ", "green"),
+    "skipped": ("skip", "cyan"),
+    "expected-failure": ("xfail", "yellow"),
+    "unexpected-pass": ("XPASS", "red"),
+    "failed": ("FAIL", "red"),
+}
+
+
+@click.command()
+@click.argument("names", nargs=-1, metavar="NAME...")
+@click.option("--all", "everything", is_flag=True, help="Check every installed method.")
+@click.option(
+    "--only", default="", metavar="PATTERN", help="Only checks whose name holds this, or matches it."
+)
+@click.option("--parity", is_flag=True, help="Also run the parity tests below the current folder.")
+@click.option("--list", "listing", is_flag=True, help="List the checks without running them.")
+@json_option
+def check(
+    names: tuple[str, ...], everything: bool, only: str, parity: bool, listing: bool, as_json: bool
+) -> int:
+    """Check methods by their names; exit code 1 when a check fails.
+
+    The checks follow from a method's entry alone: its metadata, its parameters, what its kind promises, the
+    properties that it declares, and its scores on models whose right answer is known.
+    """
+    from methodbench.errors import MethodbenchError, MissingExtraError
+
+    catalog = get_catalog()
+    if not names and not everything:
+        raise MethodbenchError("no method is named", "Name one or more methods, or pass --all.")
+    for name in names:
+        catalog.method(name)
+    try:
+        from methodbench.testing import contract_checks, run_checks
+        from methodbench.testing.contract import Check  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("methodbench check", str(error.name), "methodbench[testing]") from error
+    wanted = sorted(catalog.methods) if everything else list(dict.fromkeys(names))
+    checks = {name: contract_checks(name, catalog, run_parity=parity) for name in wanted}
+    if listing:
+        for one in (one for many in checks.values() for one in many):
+            click.echo(one.id)
+        return 0
+    results: list[Result] = []
+    for name in wanted:
+        if not as_json:
+            method = catalog.method(name)
+            title = f"{click.style(name, bold=True)}  {method.kind}, {method.impl}"
+            click.echo(("\n" if results else "") + title)
+        for result in run_checks(checks[name], only):
+            results.append(result)
+            if not as_json:
+                _print(result)
+    if not results:
+        raise MethodbenchError(
+            f"no check matches {only!r}", "`methodbench check NAME --list` lists the checks."
+        )
+    if as_json:
+        echo_json([_row(result) for result in results])
+    else:
+        _summarize(results)
+    return 0 if all(result.good for result in results) else 1
+
+
+def _row(result: Result) -> dict[str, Any]:
+    return {
+        "id": result.check.id,
+        "status": result.status,
+        "detail": result.detail,
+        "seconds": round(result.seconds, 3),
+    }
+
+
+def _print(result: Result) -> None:
+    mark, colour = _MARKS[result.status]
+    name = result.check.name
+    slow = f"{duration(result.seconds)}" if result.seconds >= 1 else ""
+    detail = "  ".join(part for part in (result.detail, slow) if part)
+    first, *rest = detail.splitlines() or [""]
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 160
+    lines = textwrap.wrap(first, max(40, width - 42), break_long_words=False) or [""]
+    click.echo(f"  {click.style(mark.ljust(5), fg=colour)} {name.ljust(32)} {lines[0]}".rstrip())
+    for line in [*lines[1:], *rest]:
+        click.echo(f"{' ' * 40} {line}")
+
+
+def _summarize(results: list[Result]) -> None:
+    counts = Counter(result.status for result in results)
+    labels: dict[Status, str] = {
+        "passed": "passed",
+        "skipped": "skipped",
+        "expected-failure": "failed as expected",
+        "unexpected-pass": "passed unexpectedly",
+        "failed": "failed",
+    }
+    said = ", ".join(f"{counts[status]} {label}" for status, label in labels.items() if counts[status])
+    good = all(result.good for result in results)
+    total = duration(sum(result.seconds for result in results))
+    click.echo("\n" + click.style(f"{said} in {total}", fg="green" if good else "red"))

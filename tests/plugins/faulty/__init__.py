@@ -1,0 +1,1 @@
+"""A plugin for tests: methods that each break one promise of their kind."""
