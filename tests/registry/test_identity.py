@@ -87,20 +87,21 @@ def test_a_changed_default_makes_old_records_stale(
     edit("methods.py", "value: float = 1.0", "value: float = 2.0")
 
     # Shown as such,
-    assert stale_runs(store, changing) == {
-        old.id: "source of the method and of the shared code that it imports changed"
-    }
+    assert stale_runs(store, changing) == {old.id: "the method's source changed"}
     assert json.loads(cli("status", "--json", *db)[1])["suites"] == {"t": {"stale": 1}}
     rows = json.loads(cli("results", "--json", *db)[1])
     assert all(row["stale"] for row in rows)
-    assert "stale: source of the method" in cli("results", *db)[1]
+    assert "stale: the method's source changed" in cli("results", *db)[1]
     assert "stale" in cli("show", old.id, *db)[1]
     _, out, _ = cli("plan", "--method", "constant", "--task", "toy-value", *db)
     assert "1 to run (1 of them have stale records: see `why`)" in out
     site = api.build_site(tmp_path / "site", db=store.url, catalog=changing).parent
     (data,) = [json.loads(path.read_text()) for path in site.rglob("*.json")]
     assert [entry["stale"] for entry in data["runs"]] == list(stale_runs(store, changing).values())
-    assert "Since this run was made: source of the method" in (site / "runs" / f"{old.id}.html").read_text()
+    assert (
+        "Since this run was made: the method&#39;s source changed."
+        in (site / "runs" / f"{old.id}.html").read_text()
+    )
 
     # explained,
     answer = explain_run(old, store, changing)
@@ -138,10 +139,10 @@ def test_each_part_that_nobody_asks_for_makes_records_stale_and_is_named(
     (record,) = run(store, changing, {"name": "nudge"}, models=["chain"], tasks=["chain-mean"])
     assert stale_runs(store, changing) == {}
     fields = {
-        "protocol": (9, "version of the task's procedure"),
-        "weights_digest": ("f" * 64, "weights, the loader's source and its options"),
-        "data_digest": ("f" * 64, "the task's data"),
-        "method_digest": ("f" * 64, "source of the method"),
+        "protocol": (9, "the task's protocol changed"),
+        "weights_digest": ("f" * 64, "the weights or their loader changed"),
+        "data_digest": ("f" * 64, "the data changed"),
+        "method_digest": ("f" * 64, "the method's source changed"),
     }
     for number, (name, (value, _)) in enumerate(fields.items()):
         changed = {**record.model_dump(), "id": f"{number:012x}", name: value}
@@ -152,7 +153,7 @@ def test_each_part_that_nobody_asks_for_makes_records_stale_and_is_named(
         assert words in stale[f"{number:012x}"]
     older = {**record.model_dump(), "id": "e" * 12, "identity": {**record.identity, "version": 1}}
     store.add(Run(**older))
-    assert stale_runs(store, changing)["e" * 12] == "how identities are made changed"
+    assert stale_runs(store, changing)["e" * 12] == "the form of identities changed"
 
 
 def test_what_is_not_installed_any_more_is_not_called_stale(store: Store, changing: Catalog) -> None:

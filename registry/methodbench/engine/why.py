@@ -26,22 +26,22 @@ from methodbench.suite import Comparison, MethodUse, Suite, TaskUse
 if TYPE_CHECKING:
     from methodbench.catalog import Catalog
 
-#: What each field of a cell's identity says.
-FIELDS: Mapping[str, str] = {
-    "version": "how identities are made",
-    "method": "the method",
-    "method_params": "hyperparameter, defaults included",
-    "method_digest": "source of the method and of the shared code that it imports",
-    "model": "the model",
-    "weights_digest": "weights, the loader's source and its options",
-    "task": "the task",
-    "task_params": "setting of the task, defaults included",
-    "protocol": "version of the task's procedure",
-    "data_digest": "the task's data",
-    "seed": "the seed",
-    "dtype": "floating-point type",
-    "device_class": "cpu or cuda",
-    "threads": "CPU threads of the cell",
+#: What each field of a cell's identity is called in a sentence, and what it says.
+FIELDS: Mapping[str, tuple[str, str]] = {
+    "version": ("the form of identities", "how identities are made"),
+    "method": ("the method", "name of the method"),
+    "method_params": ("its hyperparameters", "hyperparameter, defaults included"),
+    "method_digest": ("the method's source", "source of the method and of the shared code that it imports"),
+    "model": ("the model", "name of the model"),
+    "weights_digest": ("the weights or their loader", "weights, the loader's source and its options"),
+    "task": ("the task", "name of the task"),
+    "task_params": ("the task's settings", "setting of the task, defaults included"),
+    "protocol": ("the task's protocol", "version of the task's procedure"),
+    "data_digest": ("the data", "data of the task"),
+    "seed": ("the seed", "seed"),
+    "dtype": ("the floating-point type", "floating-point type"),
+    "device_class": ("the device", "cpu or cuda"),
+    "threads": ("the thread count", "CPU threads of the cell"),
 }
 
 
@@ -61,7 +61,7 @@ class Field:
 
     @property
     def meaning(self) -> str:
-        return FIELDS.get(self.name.partition(".")[0], "")
+        return FIELDS.get(self.name.partition(".")[0], ("", ""))[1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,7 @@ def explain(cell: Cell, store: Store) -> Answer:
     before = superseded(store, [cell]).get(cell.key)
     if before is not None:
         fields = compare(before.identity, cell.identity())
-        reason = f"run {before.id} answered the same request; since then {_changes(fields)}"
+        reason = f"run {before.id} answered the same request; since then {_changed(fields)}"
         return Answer("stale", reason, cell.label, cell.key, before, fields)
     nearest = _nearest(cell, store)
     if nearest is None:
@@ -116,7 +116,7 @@ def explain_run(run: Run, store: Store, catalog: Catalog) -> Answer:
             f"run {latest.id} is newer and counts" if latest and newer else f"it is {run.status} and counts"
         )
         return Answer("hit", reason, label, cell.key, run, fields)
-    return Answer("stale", f"since then {_changes(fields)}", label, cell.key, run, fields)
+    return Answer("stale", f"since then {_changed(fields)}", label, cell.key, run, fields)
 
 
 def present_cell(run: Run, catalog: Catalog, *, exactly: bool = False) -> Cell:
@@ -215,8 +215,7 @@ def stale_runs(store: Store, catalog: Catalog) -> dict[str, str]:
         # A record that does not say, or a present that cannot be told, makes nothing stale.
         changed = [name for name, then, now in fields if then and now is not None and then != now]
         if changed:
-            reason = ", ".join(f"{FIELDS[name]} changed" for name in changed)
-            found |= dict.fromkeys(store.ids(version), reason)
+            found |= dict.fromkeys(store.ids(version), _changes(changed))
     return found
 
 
@@ -280,11 +279,13 @@ def _nearest(cell: Cell, store: Store) -> Run | None:
     return min(reversed(runs), key=distance, default=None)
 
 
-def _changes(fields: Iterable[Field]) -> str:
-    names = dict.fromkeys(one.name.partition(".")[0] for one in fields if not one.same)
-    words = [f"{FIELDS.get(name, name)}" for name in names]
-    listed = " and ".join(filter(None, [", ".join(words[:-1]), words[-1]])) if words else "nothing"
-    return f"{listed} changed"
+def _changed(fields: Iterable[Field]) -> str:
+    return _changes(dict.fromkeys(one.name.partition(".")[0] for one in fields if not one.same))
+
+
+def _changes(names: Iterable[str]) -> str:
+    words = [FIELDS.get(name, (name, ""))[0] for name in names]
+    return f"{' and '.join(filter(None, [', '.join(words[:-1]), words[-1]]))} changed"
 
 
 def _request(
