@@ -87,13 +87,14 @@ def hadamard(n: int) -> Tensor:
     return torch.kron(_table(order), _sylvester(n // order))
 
 
-def hadamard_transform(x: Tensor, dim: int = -1) -> Tensor:
+def hadamard_transform(x: Tensor, dim: int = -1, *, transpose: bool = False) -> Tensor:
     """Return ``x H^T / sqrt(n)`` along an axis of ``n`` entries (QuaRot's ``matmul_hadU``).
 
     Costs ``n`` times the sum of a few factors of at most 64 (or the table's order) instead of ``n^2``.
 
     Args:
         x: floating, any shape; differentiable.
+        transpose: ``x H / sqrt(n)`` instead, which undoes it.
 
     Returns:
         A tensor of ``x``'s shape and dtype.
@@ -102,13 +103,14 @@ def hadamard_transform(x: Tensor, dim: int = -1) -> Tensor:
         NotApplicableError: no Hadamard matrix of that order is known.
     """
     if dim not in (-1, x.ndim - 1):
-        return hadamard_transform(x.transpose(dim, -1)).transpose(dim, -1)
+        return hadamard_transform(x.transpose(dim, -1), transpose=transpose).transpose(dim, -1)
     n = x.shape[-1]
     y = x
     rest = n
     for size in _factors(n):
         rest //= size
         factor = _scaled(size, x.dtype, x.device)
+        factor = factor.T if transpose else factor
         y = y.reshape(-1, size) @ factor.T if rest == 1 else factor @ y.reshape(-1, size, rest)
     return y.reshape(x.shape)
 

@@ -104,17 +104,19 @@ class UniformGrid:
             codes.sub_(self.zero)
         return codes.mul_(self.scale)
 
-    def pass_through(self, x: Tensor) -> Tensor:
+    def pass_through(self, x: Tensor, *, bounds: bool = True) -> Tensor:
         """Return :meth:`snap` of ``x`` [..., n] with straight-through gradients.
 
-        ``x`` receives the gradient where its code is not clamped. ``scale`` receives that of
+        ``x`` receives the gradient where its code is not clamped; without ``bounds`` not at the outermost codes
+        either, as from ``torch.clamp``. ``scale`` receives that of
         ``(code - zero) * scale`` with rounding taken as the identity, as in LSQ (arXiv 1902.08153), and
         ``zero``, where it is learned, the part of the clamped entries.
         """
+        clamp = clamp_ste if bounds else torch.clamp
         steps = round_ste(x / self.scale)
         if self.zero is None:
-            return clamp_ste(steps, self.low, self.high) * self.scale
-        return (clamp_ste(steps + self.zero, self.low, self.high) - self.zero) * self.scale
+            return clamp(steps, self.low, self.high) * self.scale
+        return (clamp(steps + self.zero, self.low, self.high) - self.zero) * self.scale
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,13 @@ from methodbench.torchkit.model import Calibration, LoadedModel
 from methodbench.torchkit.sequential import batches_of, capture_blocks, hidden_of
 
 Parameters = Mapping[str, Tensor]
-Schedule = Literal["constant", "cosine"]
+Schedule = Literal["constant", "linear", "cosine"]
+
+_SCHEDULES: Mapping[Schedule, Callable[[float], float]] = {
+    "constant": lambda done: 1.0,
+    "linear": lambda done: 1 - done,
+    "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
+}
 
 
 @dataclass(slots=True)
@@ -151,7 +157,6 @@ class Fit:
 
     first: float
     last: float
-    steps: int
 
 
 def fit(
@@ -159,39 +164,35 @@ def fit(
     loss: Callable[[int, float], Tensor],
     batches: int,
     *,
-    epochs: int,
+    steps: int,
     schedule: Schedule = "constant",
     name: str = "the window",
 ) -> Fit:
-    """Minimize ``loss`` with one step of ``optimizer`` per batch.
+    """Minimize ``loss`` over the batches in turn, one step of ``optimizer`` each.
 
     Args:
-        loss: of the batch's index and the share of all steps that is done, 0 to 1; a scalar.
-        schedule: learning rates stay, or fall to zero along half a cosine.
+        loss: of the batch's index and the share of all steps that is done, from 0 up to 1; a scalar.
+        schedule: learning rates stay, fall linearly to zero, or along half a cosine.
         name: for error messages.
 
     Raises:
         DivergedError: a loss is not finite.
     """
     rates = [group["lr"] for group in optimizer.param_groups]
-    total = epochs * batches
-    means: list[float] = []
-    for epoch in range(epochs):
-        seen = 0.0
-        for batch in range(batches):
-            done = (epoch * batches + batch) / total
-            if schedule == "cosine":
-                for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                    group["lr"] = rate * (1 + math.cos(math.pi * done)) / 2
-            optimizer.zero_grad()
-            value = loss(batch, done)
-            if not bool(torch.isfinite(value)):
-                raise DivergedError(
-                    f"the loss of {name} is not finite at step {epoch * batches + batch}",
-                    "Lower the learning rates, or calibrate on other inputs.",
-                )
-            value.backward()
-            optimizer.step()
-            seen += float(value.detach())
-        means.append(seen / batches)
-    return Fit(means[0], means[-1], total) if means else Fit(math.nan, math.nan, 0)
+    values: list[float] = []
+    for step in range(steps):
+        done = step / steps
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * _SCHEDULES[schedule](done)
+        optimizer.zero_grad()
+        value = loss(step % batches, done)
+        if not bool(torch.isfinite(value)):
+            raise DivergedError(
+                f"the loss of {name} is not finite at step {step}",
+                "Lower the learning rates, or calibrate on other inputs.",
+            )
+        value.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        values.append(float(value.detach()))
+    first, last = values[:batches], values[-batches:]
+    return Fit(sum(first) / max(1, len(first)), sum(last) / max(1, len(last)))

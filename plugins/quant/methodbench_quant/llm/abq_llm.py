@@ -174,7 +174,8 @@ class ABQLLM:
                 )
 
             optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-            found = fit(optimizer, loss, len(window), epochs=self.epochs, name=window.names[0])
+            steps = self.epochs * len(window)
+            found = fit(optimizer, loss, len(window), steps=steps, name=window.names[0])
         return [found.first, found.last]
 
     def quantized(self, dense: Mapping[str, Tensor], learned: Learned) -> dict[str, Tensor]:
@@ -182,7 +183,7 @@ class ABQLLM:
         found = learned.apply(dense)
         for name in learned.parts.linears:
             grouped, grid = self._grid(found[f"{name}.weight"], name, learned)
-            found[f"{name}.weight"] = grid.pass_through(grouped).flatten(1)
+            found[f"{name}.weight"] = grid.pass_through(grouped, bounds=False).flatten(1)
         return found
 
     def _grid(self, weight: Tensor, name: str, learned: Learned) -> tuple[Tensor, UniformGrid]:
@@ -429,7 +430,7 @@ class BalancedQuantizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the levels of ``x`` [..., features] in its dtype."""
-        return balanced_grid(x, self.bits, balance=self.balance).pass_through(x)
+        return balanced_grid(x, self.bits, balance=self.balance).pass_through(x, bounds=False)
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}, balance={self.balance}"
