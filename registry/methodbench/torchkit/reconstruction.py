@@ -191,7 +191,7 @@ def fit(
                 f"the loss of {name} is not finite at step {step}",
                 "Lower the learning rates, or calibrate on other inputs.",
             )
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward()
         optimizer.step()
         values.append(float(value.detach()))
     first, last = values[:batches], values[-batches:]

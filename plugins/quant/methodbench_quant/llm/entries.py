@@ -128,6 +128,80 @@ QUAROT = Method(
     claims="quarot.toml",
     fidelity="authors-code",
     parity="spcl/QuaRot 5008669",
+    vectors=("quant/quarot",),
+    stage="rotate",
+    properties=("deterministic",),
+    extra="quant",
+)
+
+#: A budget of learning that one core spends on SmolLM2-135M in about five minutes; the default is the papers'.
+_SHORT_LEARNING: dict[str, Any] = {"epochs": 2}
+
+OSTQUANT = Method(
+    name="ostquant",
+    kind="compressor",
+    family="quant",
+    impl="methodbench_quant.llm.ostquant:OSTQuant",
+    summary="Learns rotations and scales that are absorbed into the weights, against the model's own predictions.",
+    applies_to=("causal-lm",),
+    paper=Paper(
+        title=(
+            "OstQuant: Refining Large Language Model Quantization with Orthogonal and Scaling Transformations "
+            "for Better Distribution Fitting"
+        ),
+        arxiv="2501.13987",
+        venue="ICLR",
+        year=2025,
+        authors="Xing Hu and others",
+        code="BrotherHappy/OSTQuant",
+    ),
+    needs=("calibration",),
+    presets={
+        "w4a4": {"steps": 24, "batch_size": 1},
+        "w4a4-start": {"steps": 0},
+        "w4a4kv4": {"steps": 24, "batch_size": 1, "kv_bits": 4, "online_qk": True},
+        "w4a4-paper": {},
+    },
+    claims="ostquant.toml",
+    fidelity="authors-code",
+    parity="BrotherHappy/OSTQuant ab64362",
+    vectors=("quant/ostquant",),
+    stage="rotate",
+    properties=("deterministic",),
+    extra="quant",
+)
+
+ABQ_LLM = Method(
+    name="abq-llm",
+    kind="compressor",
+    family="quant",
+    impl="methodbench_quant.llm.abq_llm:ABQLLM",
+    summary="Learns scales, clipping and a rank-one correction block by block; two bits get a fifth level.",
+    applies_to=("causal-lm",),
+    paper=Paper(
+        title="ABQ-LLM: Arbitrary-Bit Quantized Inference Acceleration for Large Language Models",
+        arxiv="2408.08554",
+        venue="AAAI",
+        year=2025,
+        authors="Chao Zeng and others",
+        code="bytedance/ABQ-LLM",
+    ),
+    needs=("calibration",),
+    presets={
+        "w4": {"bits": 4, **_SHORT_LEARNING},
+        "w3": {"bits": 3, **_SHORT_LEARNING},
+        "w3g64": {"bits": 3, "group_size": 64, **_SHORT_LEARNING},
+        "w2g64": {"bits": 2, "group_size": 64, **_SHORT_LEARNING},
+        "w2g64-plain": {"bits": 2, "group_size": 64, "bit_balance": False, **_SHORT_LEARNING},
+        "w2a8g64": {"bits": 2, "group_size": 64, "a_bits": 8, **_SHORT_LEARNING},
+        "w4a4": {"bits": 4, "a_bits": 4, **_SHORT_LEARNING},
+        "w2g64-paper": {"bits": 2, "group_size": 64, "epochs": 40},
+    },
+    claims="abq-llm.toml",
+    fidelity="authors-code",
+    parity="bytedance/ABQ-LLM de2e849",
+    vectors=("quant/abq_llm",),
+    stage="quantize",
     properties=("deterministic",),
     extra="quant",
 )
@@ -254,4 +328,6 @@ METHODS: list[Method] = [
         extra="quant",
     ),
     QUAROT,
+    OSTQUANT,
+    ABQ_LLM,
 ]

@@ -23,7 +23,7 @@ columns; columns are meant, and taken here throughout.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
@@ -235,56 +235,46 @@ class OSTQuant:
         Every quantizer sees the tensor that it sees in the merged model; what it returns is transformed back.
         """
         hooks = ExitStack()
-        a, kv = self._quantizer(self.a_bits), self._quantizer(self.kv_bits, asymmetric=True)
-        rotation = learned.rotation
+        for site, block in zip(sites, learned.transforms, strict=True):
+            for handle in self._hooks(model, site, block, learned.rotation):
+                hooks.callback(handle.remove)
+        return hooks
 
-        def output(name: str, change: Callable[[Tensor], Tensor]) -> RemovableHandle:
+    def _hooks(
+        self, model: LoadedModel, site: Site, block: BlockTransforms, rotation: Tensor
+    ) -> Iterator[RemovableHandle]:
+        a, kv = self._quantizer(self.a_bits), self._quantizer(self.kv_bits, asymmetric=True)
+
+        def leaving(name: str, change: Callable[[Tensor], Tensor]) -> RemovableHandle:
             return model.module.get_submodule(name).register_forward_hook(lambda _, __, y: change(y))
 
         def entering(name: str, change: Callable[[Tensor], Tensor]) -> RemovableHandle:
             return model.module.get_submodule(name).register_forward_pre_hook(lambda _, x: (change(x[0]),))
 
-        for site, block in zip(sites, learned.blocks, strict=True):
+        def behind_norm(scale: Tensor) -> Callable[[Tensor], Tensor]:
+            return lambda y: (a(y @ rotation / scale) * scale) @ rotation.T
 
-            def behind_norm(y: Tensor, scale: Tensor) -> Tensor:
-                return (a(y @ rotation / scale) * scale) @ rotation.T
+        def before_down(x: Tensor) -> Tensor:
+            rounded = a(hadamard_transform(x / block.updown))
+            return hadamard_transform(rounded, transpose=True) * block.updown
 
-            def before_down(x: Tensor, block: BlockTransforms = block) -> Tensor:
-                rounded = a(hadamard_transform(x / block.updown))
-                return hadamard_transform(rounded, transpose=True) * block.updown
+        def through_heads(x: Tensor, quantizer: TokenQuantizer, shape: tuple[int, int, int]) -> Tensor:
+            scale = block.vo.view(site.kv_heads, 1, site.head_dim)
+            heads = x.unflatten(-1, shape) / scale
+            rounded = quantizer(torch.einsum("...hgi,hij->...hgj", heads, block.heads))
+            return (torch.einsum("...hgj,hij->...hgi", rounded, block.heads) * scale).flatten(-3)
 
-            def on_value(v: Tensor, site: Site = site, block: BlockTransforms = block) -> Tensor:
-                scale = block.vo.view(site.kv_heads, site.head_dim)
-                heads = v.view(*v.shape[:-1], site.kv_heads, site.head_dim) / scale
-                rounded = kv(torch.einsum("...hi,hij->...hj", heads, block.heads))
-                return (torch.einsum("...hj,hij->...hi", rounded, block.heads) * scale).flatten(-2)
-
-            def before_o(x: Tensor, site: Site = site, block: BlockTransforms = block) -> Tensor:
-                shape = (site.kv_heads, site.heads // site.kv_heads, site.head_dim)
-                scale = block.vo.view(site.kv_heads, 1, site.head_dim)
-                heads = x.unflatten(-1, shape) / scale
-                rounded = a(torch.einsum("...hgi,hij->...hgj", heads, block.heads))
-                return (torch.einsum("...hgj,hij->...hgi", rounded, block.heads) * scale).flatten(-3)
-
-            def on_key(y: Tensor, block: BlockTransforms = block) -> Tensor:
-                return y * block.key_scale
-
-            def on_query(y: Tensor, site: Site = site, block: BlockTransforms = block) -> Tensor:
-                return y / per_query_head(block.key_scale, site)
-
-            handles = [
-                output(site.attention_norm, lambda y, s=block.attention, f=behind_norm: f(y, s)),
-                output(site.mlp_norm, lambda y, s=block.mlp, f=behind_norm: f(y, s)),
-                entering(site.down, before_down),
-                entering(site.o, before_o),
-            ]
-            if self.kv_bits < 16:
-                handles.append(output(site.v, on_value))
-            if self.smooth_qk:
-                handles += [output(site.k, on_key), output(site.q, on_query)]
-            for handle in handles:
-                hooks.callback(handle.remove)
-        return hooks
+        one = (site.kv_heads, 1, site.head_dim)
+        shared = (site.kv_heads, site.heads // site.kv_heads, site.head_dim)
+        yield leaving(site.attention_norm, behind_norm(block.attention))
+        yield leaving(site.mlp_norm, behind_norm(block.mlp))
+        yield entering(site.down, before_down)
+        yield entering(site.o, lambda x: through_heads(x, a, shared))
+        if self.kv_bits < 16:
+            yield leaving(site.v, lambda y: through_heads(y, kv, one))
+        if self.smooth_qk:
+            yield leaving(site.k, lambda y: y * block.key_scale)
+            yield leaving(site.q, lambda y: y / per_query_head(block.key_scale, site))
 
     def _round_weights(self, model: LoadedModel, data: Calibration, ctx: Context) -> LoadedModel:
         if self.w_rounding == "gptq":
@@ -411,6 +401,11 @@ class Learned(nn.Module):
         self.rotation = geoopt.ManifoldParameter(rotation.clone(), manifold=geoopt.Stiefel())
         self.blocks = nn.ModuleList(blocks)
 
+    @property
+    def transforms(self) -> list[BlockTransforms]:
+        """The transformations of the blocks, in order."""
+        return [block for block in self.blocks if isinstance(block, BlockTransforms)]
+
 
 def per_query_head(scale: Tensor, site: Site) -> Tensor:
     """Repeat a scale of key-value channels for each query head that reads them."""
@@ -421,8 +416,7 @@ def per_query_head(scale: Tensor, site: Site) -> Tensor:
 def merge(stream: ResidualStream, sites: list[Site], learned: Learned) -> None:
     """Absorb the transformations into the weights, in place, and put the Hadamard matrix before ``down``."""
     rotation = learned.rotation.double()
-    for site, block in zip(sites, learned.blocks, strict=True):
-        assert isinstance(block, BlockTransforms)
+    for site, block in zip(sites, learned.transforms, strict=True):
         names = {role: getattr(site, role) for role in ("q", "k", "v", "o", "up", "gate", "down")}
         before = {role: stream.weight(name) for role, name in names.items()}
         for role, weight in merged(before, site, block, rotation).items():
