@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sqlalchemy import select, update
+from sqlalchemy import JSON, select, update
 from sqlmodel import Session
 
 from methodbench.errors import CapsuleError
@@ -155,10 +155,22 @@ def seal_unsealed(session: Session) -> int:
     connection = session.connection()
     count = 0
     for record in list(records.read(connection, RUN.c.seal == "")):
-        sealed = records.seal(record)
-        connection.execute(update(RUN).where(RUN.c.id == record.run["id"]).values(seal=sealed))
+        tidied = _tidied(record)
+        tidied["seal"] = records.seal(record)
+        connection.execute(update(RUN).where(RUN.c.id == record.run["id"]).values(**tidied))
         count += 1
     return count
+
+
+def _tidied(record: Record) -> dict[str, Any]:
+    """Let the names of infinities and NaN stand in the JSON of a record of the first schema; return those values."""
+    tidied = {
+        column.name: records.plain_json(record.run[column.name])
+        for column in RUN.c
+        if isinstance(column.type, JSON)
+    }
+    record.run.update(tidied)
+    return tidied
 
 
 def content_of(store: Store, where: Any = None) -> Content:
@@ -178,7 +190,9 @@ def content_of(store: Store, where: Any = None) -> Content:
             here |= {record.run["id"] for record in more}
             missing = {record.run["witness_of"] for record in more} - here - {None}
         for record in found:
-            record.run["seal"] = record.run["seal"] or records.seal(record)
+            if not record.run["seal"]:
+                _tidied(record)
+                record.run["seal"] = records.seal(record)
             for table in CHILDREN:
                 if record.children.get(table.name) and (links := records.links(table)):
                     rows = record.children[table.name]

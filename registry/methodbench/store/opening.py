@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import sqlite3
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,9 @@ from methodbench.store.schema import SCHEMA_REVISION
 BUSY_SECONDS = 30
 #: Key of the PostgreSQL advisory lock that migrations hold.
 _MIGRATION_LOCK = 0x6D62_6D69
+
+#: Alembic keeps what it works on in a module: one migration at a time in one process.
+_ALEMBIC = threading.Lock()
 
 #: Part of a driver's message -> how to mend it.
 _HINTS = {
@@ -201,7 +205,7 @@ def _migrate(engine: Engine, where: str, *, read_only: bool) -> None:
 
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
-    with engine.execution_options(writes=True).begin() as connection:
+    with _ALEMBIC, engine.execution_options(writes=True).begin() as connection:
         if engine.dialect.name == "postgresql":
             connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _MIGRATION_LOCK})
         # Another process may have done it while this one waited for the lock.

@@ -20,7 +20,7 @@ from methodbench.store.capsule import Content
 from methodbench.store.claims import Lease
 from methodbench.store.database import Store, open_store
 from methodbench.store.merging import merge, seal_unsealed
-from methodbench.store.records import CHILDREN, ENVIRONMENT, RUN, Record
+from methodbench.store.records import CHILDREN, ENVIRONMENT, RUN, Record, plain_json
 from methodbench.store.schema import Driver
 
 #: How far a scan jumps at most over rows that cannot be read.
@@ -276,7 +276,7 @@ def _value(column: Column, value: Any) -> Any:
             raise ValueError(f"{column.name} is missing")
         return None
     if isinstance(column.type, JSON):
-        return json.loads(value)
+        return plain_json(json.loads(value))
     if isinstance(column.type, LargeBinary):
         return _of(bytes, value)
     if isinstance(column.type, Boolean):
