@@ -6,10 +6,11 @@ import subprocess
 import sys
 import types
 from importlib.metadata import EntryPoint
+from pathlib import Path
 
 import pytest
 
-from methodbench import hookimpl
+from methodbench import hookimpl, hookspecs
 from methodbench.catalog import Catalog, load_catalog
 from methodbench.entries import EntryError, Method, Metric, Model, Task
 from methodbench.errors import UnknownNameError
@@ -87,15 +88,121 @@ def test_a_broken_hook_is_named_and_everything_else_works(
     ],
 )  # fmt: skip
 def test_a_plugin_that_cannot_be_loaded_is_named(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: object, source: str, problem: str
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, source: str, problem: str
 ) -> None:
-    (tmp_path / "hopeless_plugin.py").write_text(source)  # type: ignore[operator]
+    (tmp_path / "hopeless_plugin.py").write_text(source)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "hopeless_plugin", raising=False)
     catalog = load_catalog(points=[BUILTIN, EntryPoint("hopeless", "hopeless_plugin", "methodbench")])
     assert "identity" in catalog.methods
     assert [p.plugin for p in catalog.problems] == ["hopeless"]
     assert problem in catalog.problems[0].error
+
+
+def _write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, source: str) -> EntryPoint:
+    (tmp_path / f"{name}.py").write_text(source)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    return EntryPoint(name, name, "methodbench")
+
+
+@pytest.mark.parametrize(
+    ("source", "problem"),
+    [
+        ("x = 0\nfor i in range(20_000_000): x += i", "CPU seconds, and the budget is 0.10"),
+        ("METHODBENCH_HOOKS = 0", "hook version 0, and this methodbench speaks version 1: update the plugin"),
+        (
+            "METHODBENCH_HOOKS = 99",
+            "hook version 99, and this methodbench speaks version 1: update methodbench",
+        ),
+        ("METHODBENCH_HOOKS = 'one'", "METHODBENCH_HOOKS is 'one', not a whole number"),
+        (
+            "from methodbench import hookimpl\nfrom methodbench.entries import Method\n@hookimpl\n"
+            "def methodbench_methods():\n    while True:\n        yield 1",
+            "more than 10,000 entries",
+        ),
+        (
+            "from methodbench import hookimpl\nfrom methodbench.entries import Method\n@hookimpl\n"
+            "def methodbench_methods():\n"
+            "    return [Method(name='m', kind='probe', family='f', impl='a.b:C', summary='s', applies_to=('vit'))]",
+            "applies_to is 'vit', not a tuple",
+        ),
+    ],
+    ids=["laborious", "older", "newer", "version-of-text", "endless", "text-for-tuple"],
+)
+def test_a_plugin_out_of_bounds_is_left_out_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, source: str, problem: str
+) -> None:
+    monkeypatch.setenv("METHODBENCH_IMPORT_BUDGET", "0.1")
+    good = _plugin(monkeypatch, "good", methods=_methods([_method("other")]))
+    catalog = load_catalog(points=[BUILTIN, _write(tmp_path, monkeypatch, "odd_plugin", source), good])
+    assert {"identity", "other"} <= catalog.methods.keys()
+    assert [(p.plugin, problem in p.error) for p in catalog.problems] == [("odd_plugin", True)], (
+        catalog.problems
+    )
+
+
+def test_an_import_that_hangs_is_broken_off(tmp_path: Path) -> None:
+    (tmp_path / "sleepy.py").write_text("import time\ntime.sleep(60)")
+    # In a process of its own: the test runner holds the alarm signal itself.
+    code = (
+        "import sys; from importlib.metadata import EntryPoint; from methodbench import catalog\n"
+        f"sys.path.insert(0, {str(tmp_path)!r}); catalog.IMPORT_LIMIT = 0.3\n"
+        "points = [EntryPoint('builtin', 'methodbench.builtin.plugin', 'methodbench'),"
+        " EntryPoint('sleepy', 'sleepy', 'methodbench')]\n"
+        "found = catalog.load_catalog(points=points)\n"
+        "print(found.problems[0].error, '/', *found.methods)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=False
+    )
+    assert done.stdout.strip() == "its import was broken off after 0.3 seconds / identity", done.stderr
+
+
+def test_two_plugins_of_one_name_leave_the_first_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    first = _plugin(monkeypatch, "first_module", methods=_methods([_method("one")]))
+    second = _plugin(monkeypatch, "second_module", methods=_methods([_method("two")]))
+    points = [EntryPoint("twin", point.value, "methodbench") for point in (first, second)]
+    catalog = load_catalog(points=points)
+    assert list(catalog.methods) == ["one"]
+    assert "the name is taken by first_module" in catalog.problems[0].error
+
+
+def test_what_a_plugin_prints_while_it_loads_stays_off_standard_output(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    catalog = load_catalog(points=[BUILTIN, _write(tmp_path, monkeypatch, "chatty_plugin", "print('hello')")])
+    assert catalog.problems == []
+    assert capsys.readouterr() == ("", "hello\n")
+
+
+def test_arguments_and_hooks_that_are_to_go_are_named_and_still_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    specs = types.ModuleType("specs")
+    vars(specs).update(vars(hookspecs))
+    spec = hookspecs.hookspec(
+        warn_on_impl_args={"board": DeprecationWarning("the argument board goes in version 2")}
+    )
+
+    def methodbench_methods(board: object) -> list[Method]:
+        raise NotImplementedError
+
+    specs.methodbench_methods = spec(methodbench_methods)  # type: ignore[attr-defined]
+
+    plugin = _plugin(monkeypatch, "elder", methods=_takes_board())
+    catalog = load_catalog(points=[BUILTIN, plugin], specs=specs)
+    assert [(r.plugin, "the argument board goes in version 2" in r.error) for r in catalog.remarks] == [
+        ("elder", True)
+    ]
+
+
+def _takes_board() -> object:
+    @hookimpl
+    def methodbench_methods(board: object) -> list[Method]:
+        return []
+
+    return methodbench_methods
 
 
 def test_a_hook_with_an_unknown_argument_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

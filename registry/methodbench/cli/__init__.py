@@ -33,6 +33,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "export": ("exchange:export", "Write records as a capsule, or as CSV, Parquet, JSON or every_eval_ever."),
     "import": ("exchange:import_records", "Check capsules and put their records into the database."),
     "merge": ("exchange:merge_databases", "Put the records of other databases into this one."),
+    "new": ("authoring:new", "Write a package with a method of your own."),
     "check": ("authoring:check", "Hold methods against the contract of their kind and what they declare."),
     "site": ("site:site", "Build the leaderboard, look at it, check and publish it."),
     "sources": ("sources:sources", "Fetch weights ahead of time."),

@@ -6,11 +6,13 @@ import shutil
 import sys
 import textwrap
 from collections import Counter
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from methodbench.cli.output import duration, echo_json, get_catalog, json_option
+from methodbench.kinds import KIND_NAMES
 
 if TYPE_CHECKING:
     from methodbench.testing.contract import Result, Status
@@ -22,6 +24,36 @@ _MARKS = {
     "unexpected-pass": ("XPASS", "red"),
     "failed": ("FAIL", "red"),
 }
+
+
+@click.command()
+@click.argument("name")
+@click.option("--kind", required=True, type=click.Choice(KIND_NAMES), help="What the method is.")
+@click.option("--paper", default="", metavar="ARXIV", help="Number of the paper, for example 2306.00978.")
+@click.option(
+    "--family", default="", help="Board to appear on.  [default: where most methods of the kind are]"
+)
+@click.option(
+    "--in",
+    "parent",
+    default=".",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder to write it into.  [default: here]",
+)
+def new(name: str, kind: str, paper: str, family: str, parent: Path) -> None:
+    """Write the package methodbench-NAME: a method that works, to be turned into yours.
+
+    Nothing that exists is overwritten.
+    """
+    from methodbench.scaffold import write_package
+
+    made = write_package(name, kind, get_catalog(), paper=paper, family=family, parent=parent)
+    click.echo(f"{click.style(str(made.folder), bold=True)}  {kind} {name}, on the board {made.family}")
+    for path in made.files:
+        click.echo(f"  {path.relative_to(made.folder)}")
+    click.echo("\nNext:")
+    for command in made.commands:
+        click.echo(f"  {command}")
 
 
 @click.command()

@@ -142,10 +142,13 @@ def _print_parameters(rows: list[dict[str, Any]]) -> None:
 
 def _show_method(catalog: Catalog, method: Method, as_json: bool) -> None:
     from methodbench.entries import FIDELITIES
+    from methodbench.parity import records_of
 
     parameters = _parameters(method.name, method.impl)
+    records = records_of(method, catalog)
     if as_json:
-        echo_json({**dataclasses.asdict(method), "parameters": parameters})
+        compared = [dataclasses.asdict(record) for record in records]
+        echo_json({**dataclasses.asdict(method), "parameters": parameters, "parity_records": compared})
         return
     paper = method.paper
     click.secho(method.name, bold=True)
@@ -165,6 +168,7 @@ def _show_method(catalog: Catalog, method: Method, as_json: bool) -> None:
             ("applies to", ", ".join(method.applies_to)),
             ("needs", ", ".join(method.needs)),
             ("checked", FIDELITIES[method.fidelity] + (f": {method.parity}" if method.parity else "")),
+            ("parity", "\n".join(record.summary() for record in records)),
             ("positions", method.positions),
             ("presets", "\n".join(f"{name}: {dict(values)}" for name, values in method.presets.items())),
             ("properties", ", ".join(method.properties)),

@@ -22,7 +22,7 @@ from typing import Any, Literal
 from methodbench import params
 from methodbench.catalog import IMPORT_BUDGET, Catalog, load_catalog
 from methodbench.entries import Method
-from methodbench.errors import ParameterError
+from methodbench.errors import MissingExtraError, ParameterError
 from methodbench.parity import records_of
 from methodbench.properties import ALWAYS, PropertyError, parse
 from methodbench.protocols import KINDS
@@ -130,7 +130,7 @@ def run_checks(checks: Iterable[Check], only: str = "") -> Iterator[Result]:
 def _outcome(check: Check) -> tuple[Status, str]:
     try:
         remark = check()
-    except Skip as reason:
+    except (Skip, MissingExtraError) as reason:
         return "skipped", str(reason)
     except AssertionError as error:
         status: Status = "expected-failure" if check.expected_failure else "failed"

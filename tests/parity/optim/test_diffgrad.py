@@ -1,9 +1,6 @@
-"""diffGrad against the authors' second version, and against the trajectories of their notebook."""
+"""diffGrad against the trajectories of the authors' notebook; test_rules.py holds it against their code."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,39 +15,12 @@ from methodbench_optim.workloads.nonconvex import NonConvex
 pytestmark = pytest.mark.vectors("optim", "diffgrad")
 
 
-def diffgrad(vectors: Vectors, decayed: bool) -> DiffGrad:
-    given = vectors.meta["hyperparameters"]
-    beta1, beta2 = given["betas"]
-    decay = vectors.meta["weight_decay"] if decayed else 0.0
-    return DiffGrad(lr=given["lr"], beta1=beta1, beta2=beta2, eps=given["eps"], weight_decay=decay)
-
-
 def notebook_task(vectors: Vectors, function: str) -> NonConvex:
     given = vectors.meta["hyperparameters"]["synthetic"]
     gradient = "notebook" if "notebook" in LANDSCAPES[function].gradients else "true"
     return NonConvex(
         function=function, gradient=gradient, start=given["x0"], starts=1, iterates=given["nb_iters"]
     )
-
-
-@pytest.mark.parametrize("decayed", [False, True], ids=["wd0", "wd1"])
-def test_given_gradients_give_the_authors_parameters(
-    vectors: Vectors,
-    decayed: bool,
-    follow_given_gradients: Callable[[Any], Any],
-    assert_matches: Callable[[Any, str], None],
-) -> None:
-    assert_matches(follow_given_gradients(diffgrad(vectors, decayed)), f"open_wd{decayed:d}")
-
-
-@pytest.mark.parametrize("decayed", [False, True], ids=["wd0", "wd1"])
-def test_least_squares_gives_the_authors_parameters_and_losses(
-    vectors: Vectors,
-    decayed: bool,
-    fit_least_squares: Callable[[Any], Any],
-    assert_matches: Callable[[Any, str], None],
-) -> None:
-    assert_matches(fit_least_squares(diffgrad(vectors, decayed)), f"closed_wd{decayed:d}")
 
 
 @pytest.mark.parametrize("function", list(LANDSCAPES))
