@@ -64,10 +64,16 @@ def methodbench_suites() -> list[SuiteFile]:
             role="demo-quick",
         ),
         SuiteFile(
+            name="llm-weight-activation",
+            package="methodbench_quant",
+            path="suites/llm-weight-activation.yaml",
+            summary="rtn and smoothquant at 8, 6 and 4 bits for weights and activations.",
+        ),
+        SuiteFile(
             name="llm-weight-only",
             package="methodbench_quant",
             path="suites/llm-weight-only.yaml",
-            summary="rtn, gptq and awq at 4, 3 and 2 bits, per channel and in groups, on perplexity and PIQA.",
+            summary="rtn, gptq, awq, lorc and adadim at 4, 3 and 2 bits, per channel and in groups.",
         ),
         SuiteFile(
             name="llm-rotation",

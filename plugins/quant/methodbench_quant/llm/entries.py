@@ -23,6 +23,40 @@ _GRIDS: dict[str, dict[str, Any]] = {
 
 _FINE = {name: _GRIDS[name] for name in ("w4", "w3", "w2", "w4g128", "w3g128", "w4g64", "w3g64", "w2g64")}
 
+ADADIM = Method(
+    name="adadim",
+    kind="compressor",
+    family="quant",
+    impl="methodbench_quant.llm.adadim:AdaDim",
+    summary="Lets each layer choose whether weights share a scale along its inputs or along its outputs.",
+    applies_to=("causal-lm", "vit"),
+    paper=Paper(
+        title=(
+            "Rethinking Channel Dimensions to Isolate Outliers for Low-bit Weight Quantization of Large Language "
+            "Models"
+        ),
+        arxiv="2309.15531",
+        venue="ICLR",
+        year=2024,
+        authors=(
+            "Jung Hwan Heo and Jeonghoon Kim and Beomseok Kwon and Byeongwook Kim and Se Jung Kwon and Dongsoo Lee"
+        ),
+        code="johnheo/adadim-llm",
+    ),
+    needs=("calibration",),
+    presets={
+        **_FINE,
+        "w3g64-gptq": {"bits": 3, "group_size": 64, "base": "gptq"},
+        "w3-gptq": {"bits": 3, "group_size": -1, "base": "gptq"},
+    },
+    claims="adadim.toml",
+    fidelity="authors-code",
+    parity="johnheo/adadim-llm 49ee38e, state dicts cloned",
+    vectors=("quant/adadim",),
+    properties=("deterministic", "monotone:bits"),
+    extra="quant",
+)
+
 SMOOTHQUANT = Method(
     name="smoothquant",
     kind="compressor",
@@ -51,6 +85,7 @@ SMOOTHQUANT = Method(
     claims="smoothquant.toml",
     fidelity="authors-code",
     parity="mit-han-lab/smoothquant c61476d",
+    vectors=("quant/smoothquant",),
     properties=("deterministic", "monotone:bits"),
     extra="quant",
 )
@@ -84,6 +119,7 @@ LORC = Method(
     claims="lorc.toml",
     fidelity="reimplementation",
     parity="ChengZhang-98/QERA bd7fc86 with unit scale",
+    vectors=("quant/lorc",),
     properties=("deterministic", "monotone:bits"),
     extra="quant",
 )
@@ -209,6 +245,7 @@ ABQ_LLM = Method(
 METHODS: list[Method] = [
     SMOOTHQUANT,
     LORC,
+    ADADIM,
     Method(
         name="rtn",
         kind="compressor",
