@@ -57,6 +57,36 @@ ADADIM = Method(
     extra="quant",
 )
 
+DGQ_LLM = Method(
+    name="dgq-llm",
+    kind="compressor",
+    family="quant",
+    impl="methodbench_quant.llm.dgq:DGQ",
+    summary="Makes 4-bit group scales integers times one scale per row, so that 8-bit arithmetic serves.",
+    applies_to=("causal-lm",),
+    paper=Paper(
+        title="Dual Grained Quantization: Efficient Fine-Grained Quantization for LLM",
+        arxiv="2310.04836",
+        year=2023,
+        authors="Luoming Zhang and Wen Fei and Weijia Wu and Yefei He and Zhenyu Lou and Hong Zhou",
+        code="ilur98/DGQ",
+    ),
+    needs=("calibration",),
+    presets={
+        "w4a8": {},
+        "w4a8g64": {"group_size": 64},
+        "w4a8g64-operands": {"group_size": 64, "quantize_operands": True},
+        "w4g64": {"group_size": 64, "a_bits": 16},
+        "w4a8g64-phase1": {"group_size": 64, "two_grains": False},
+    },
+    claims="dgq-llm.toml",
+    fidelity="authors-code",
+    parity="ilur98/DGQ 141eef7, in float32",
+    vectors=("quant/dgq_llm",),
+    properties=("deterministic",),
+    extra="quant",
+)
+
 SMOOTHQUANT = Method(
     name="smoothquant",
     kind="compressor",
@@ -246,6 +276,7 @@ METHODS: list[Method] = [
     SMOOTHQUANT,
     LORC,
     ADADIM,
+    DGQ_LLM,
     Method(
         name="rtn",
         kind="compressor",
