@@ -67,7 +67,7 @@ def methodbench_suites() -> list[SuiteFile]:
             name="llm-weight-activation",
             package="methodbench_quant",
             path="suites/llm-weight-activation.yaml",
-            summary="rtn and smoothquant at 8, 6 and 4 bits for weights and activations.",
+            summary="rtn, smoothquant, dgq-llm and llm-fp4 at 8, 6 and 4 bits for both.",
         ),
         SuiteFile(
             name="llm-weight-only",

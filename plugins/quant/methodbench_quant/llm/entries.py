@@ -87,6 +87,37 @@ DGQ_LLM = Method(
     extra="quant",
 )
 
+LLM_FP4 = Method(
+    name="llm-fp4",
+    kind="compressor",
+    family="quant",
+    impl="methodbench_quant.llm.llm_fp4:LLMFP4",
+    summary="Searches bias and split of 4-bit floating point for weights and activations of each layer.",
+    applies_to=("causal-lm",),
+    paper=Paper(
+        title="LLM-FP4: 4-Bit Floating-Point Quantized Transformers",
+        arxiv="2310.16836",
+        venue="EMNLP",
+        year=2023,
+        authors="Shih-yang Liu and Zechun Liu and Xijie Huang and Pingcheng Dong and Kwang-Ting Cheng",
+        code="nbasyl/LLM-FP4",
+    ),
+    needs=("calibration",),
+    presets={
+        "w4a4": {},
+        "w4a4-baseline": {"variant": "baseline"},
+        "w4a4-minmax": {"variant": "minmax"},
+        "w6a6": {"bits": 6, "a_bits": 6},
+        "w6a6-minmax": {"bits": 6, "a_bits": 6, "variant": "minmax"},
+    },
+    claims="llm-fp4.toml",
+    fidelity="authors-code",
+    parity="nbasyl/LLM-FP4 0598c95, its integer-power slip repaired; head and embedding stay as they are",
+    vectors=("quant/llm_fp4",),
+    properties=("deterministic",),
+    extra="quant",
+)
+
 SMOOTHQUANT = Method(
     name="smoothquant",
     kind="compressor",
@@ -277,6 +308,7 @@ METHODS: list[Method] = [
     LORC,
     ADADIM,
     DGQ_LLM,
+    LLM_FP4,
     Method(
         name="rtn",
         kind="compressor",

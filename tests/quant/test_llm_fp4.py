@@ -1,0 +1,73 @@
+"""LLM-FP4 on tiny models: its variants in the order of the paper, and offsets that fit their bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from methodbench.context import Context
+from methodbench.errors import ParameterError
+from methodbench.params import build
+from methodbench.torchkit.activations import StaticQuantizer
+from methodbench.torchkit.model import Calibration, LoadedModel
+from methodbench.torchkit.packed import PackedFloat
+from methodbench_quant.llm.llm_fp4 import LLMFP4, effective_bias
+
+Tiny = Callable[[str], LoadedModel]
+Error = Callable[[LoadedModel, LoadedModel], float]
+
+
+def compressed(model: LoadedModel, data: Calibration, **options: object) -> LoadedModel:
+    return build(LLMFP4, {"candidates": 25, **options}, "llm-fp4").compress(model, data, Context())
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_the_search_beats_the_extremes(tiny: Tiny, tokens: Calibration, error: Error, name: str) -> None:
+    model = tiny(name)
+    found = {
+        variant: error(compressed(model, tokens, variant=variant), model) for variant in ("minmax", "fpq")
+    }
+    assert found["fpq"] < found["minmax"]
+
+
+def test_layers_are_packed_in_four_bits_with_channel_biases(tiny: Tiny, tokens: Calibration) -> None:
+    result = compressed(tiny("mixture"), tokens, rounds=1)
+    for name, layer in result.adapter.targets(result.module).items():
+        assert isinstance(layer, PackedFloat), name
+        assert layer.number.bits == 4
+        assert isinstance(layer.input_quantizer, StaticQuantizer)
+        assert layer.input_quantizer.scale.shape == (layer.in_features,)
+    assert result.storage == "real"
+    assert result.accounted_bits == pytest.approx(4 + 16 / 40, abs=0.6)
+
+
+def test_more_bits_come_closer(tiny: Tiny, tokens: Calibration, error: Error) -> None:
+    model = tiny("llama")
+    errors = [error(compressed(model, tokens, rounds=1, bits=b, a_bits=b), model) for b in (3, 4, 6)]
+    assert errors == sorted(errors, reverse=True)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10**6), exponent=st.integers(1, 3), rho=st.floats(-4, 4))
+def test_offsets_are_integers_that_fit_the_exponent(seed: int, exponent: int, rho: float) -> None:
+    channels = 5 * torch.randn(40, generator=torch.Generator().manual_seed(seed))
+    anchor = torch.tensor(rho)
+    offsets = effective_bias(channels, anchor, anchor, exponent) - anchor
+    torch.testing.assert_close(offsets, offsets.round(), rtol=0, atol=1e-5)
+    assert float(offsets.min()) >= -1e-5
+    assert float(offsets.max()) <= 2**exponent - 1 + 1e-5
+
+
+def test_channels_of_equal_range_have_no_offsets() -> None:
+    rho = torch.tensor(1.3)
+    assert torch.equal(effective_bias(torch.full((8,), 1.3), rho, rho, 2), rho.expand(8))
+
+
+@pytest.mark.parametrize("options", [{"bits": 8}, {"rounds": 0}, {"variant": "int"}])
+def test_hyperparameters_out_of_range_are_named(options: dict[str, object]) -> None:
+    with pytest.raises(ParameterError, match=next(iter(options))):
+        build(LLMFP4, options, "llm-fp4")
