@@ -42,7 +42,9 @@ def test_layers_are_packed_in_four_bits_with_channel_biases(tiny: Tiny, tokens: 
         assert isinstance(layer.input_quantizer, StaticQuantizer)
         assert layer.input_quantizer.scale.shape == (layer.in_features,)
     assert result.storage == "real"
-    assert result.accounted_bits == pytest.approx(4 + 16 / 40, abs=0.6)
+    # A scale of 16 or 32 bits for every row of 32 or 64 codes.
+    assert result.accounted_bits is not None
+    assert 4 + 16 / 64 <= result.accounted_bits <= 4 + 32 / 24
 
 
 def test_more_bits_come_closer(tiny: Tiny, tokens: Calibration, error: Error) -> None:
