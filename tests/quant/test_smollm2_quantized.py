@@ -11,6 +11,7 @@ from methodbench.context import Context
 from methodbench.torchkit.model import Calibration, LoadedModel
 from methodbench_quant.llm.awq import AWQ
 from methodbench_quant.llm.gptq import GPTQ
+from methodbench_quant.llm.lorc import LoRC
 from methodbench_quant.llm.rtn import RTN
 
 pytestmark = pytest.mark.slow
@@ -49,4 +50,11 @@ def test_calibrated_methods_beat_rounding_at_three_bits(
     result = method(bits=3, group_size=group_size).compress(smollm2, Calibration(calibration), ctx)
     nearest = RTN(bits=3, group_size=group_size).compress(smollm2, Calibration.none(), ctx)
     assert not ctx.warnings
+    assert perplexity(result) < 0.9 * perplexity(nearest)
+
+
+def test_low_rank_compensation_beats_rounding_at_three_bits(smollm2: LoadedModel) -> None:
+    ctx = Context()
+    nearest = RTN(bits=3).compress(smollm2, Calibration.none(), ctx)
+    result = LoRC(bits=3, group_size=-1, rank=8).compress(smollm2, Calibration.none(), ctx)
     assert perplexity(result) < 0.9 * perplexity(nearest)
