@@ -1,4 +1,4 @@
-"""What the cards of rtn, gptq and awq claim, on a pretrained language model."""
+"""What the cards of rtn, gptq, awq and lorc claim, on a pretrained language model."""
 
 from __future__ import annotations
 
@@ -53,7 +53,9 @@ def test_calibrated_methods_beat_rounding_at_three_bits(
     assert perplexity(result) < 0.9 * perplexity(nearest)
 
 
-def test_low_rank_compensation_beats_rounding_at_three_bits(smollm2: LoadedModel) -> None:
+def test_low_rank_compensation_beats_rounding_at_three_bits(
+    smollm2: LoadedModel, perplexity: Perplexity
+) -> None:
     ctx = Context()
     nearest = RTN(bits=3).compress(smollm2, Calibration.none(), ctx)
     result = LoRC(bits=3, group_size=-1, rank=8).compress(smollm2, Calibration.none(), ctx)
