@@ -16,9 +16,11 @@ if TYPE_CHECKING:
     from methodbench.claims import ClaimResult
     from methodbench.comparison import ChainResult, PairedResult
     from methodbench.engine.driver import Report, Reporter
+    from methodbench.engine.forecast import Budget
     from methodbench.engine.parting import Recorded
     from methodbench.engine.plan import Plan
     from methodbench.engine.replay import Replay
+    from methodbench.engine.sequential import Decisions
 
 SuiteLike = str | Path | Suite | Mapping[str, Any]
 
@@ -68,7 +70,7 @@ def plan(suites: SuiteLike | Sequence[SuiteLike], *, catalog: Catalog | None = N
 
 
 def run(
-    suites: SuiteLike | Sequence[SuiteLike],
+    suites: SuiteLike | Sequence[SuiteLike] | Plan,
     *,
     db: str | None = None,
     executor: str = "local",
@@ -83,6 +85,7 @@ def run(
     """Run what is missing of one or several suites, and return the newest run of every cell.
 
     Args:
+        suites: as for :func:`plan`, or a plan.
         db: path of an SQLite file or an SQLAlchemy URL; by default ``METHODBENCH_DB`` or ``methodbench.db``.
         executor: ``local``, or a name that a plugin knows.
         address: where the executor's cluster is; empty for this machine.
@@ -94,10 +97,11 @@ def run(
         reporter: shows progress; silent by default.
     """
     from methodbench.engine.driver import run_plan
+    from methodbench.engine.plan import Plan
     from methodbench.store import open_store
 
     known = catalog or load_catalog()
-    joined = plan(suites, catalog=known)
+    joined = suites if isinstance(suites, Plan) else plan(suites, catalog=known)
     with open_store(db) as store:
         return run_plan(
             joined,
@@ -111,6 +115,66 @@ def run(
             retry=retry,
             reporter=reporter,
         )
+
+
+def run_until_decided(
+    suites: SuiteLike | Sequence[SuiteLike],
+    *,
+    db: str | None = None,
+    error_rate: float = 0.05,
+    max_seeds: int | None = None,
+    catalog: Catalog | None = None,
+    **options: Any,
+) -> Decisions:
+    """Run a suite seed by seed, each method only as long as one of its comparisons is open.
+
+    Args:
+        error_rate: bound on the chance that any two methods are told apart wrongly.
+        max_seeds: how many seeds a comparison may use; by default those that the suite lists.
+        options: as for :func:`run`.
+    """
+    from methodbench.engine.driver import run_plan
+    from methodbench.engine.sequential import run_until_decided
+    from methodbench.store import open_store
+
+    known = catalog or load_catalog()
+    wanted = [suite.with_seeds(max_seeds) if max_seeds else suite for suite in _suites(suites, known)]
+    joined = plan(wanted, catalog=known)
+    with open_store(db) as store:
+        return run_until_decided(
+            joined, store, lambda part: run_plan(part, store, known, **options), error_rate=error_rate
+        )
+
+
+def fit_budget(
+    made: Plan,
+    seconds: float | None,
+    *,
+    db: str | None = None,
+    cores: int | None = None,
+    memory: int | None = None,
+) -> Budget:
+    """Predict what the missing cells of a plan take, and choose those that fit a budget of wall-clock time.
+
+    Args:
+        seconds: the budget; None keeps every cell.
+        db: database whose finished runs predictions rest on.
+        cores: CPU cores; by default all that this process may use.
+        memory: bytes that one cell may hold.
+
+    Raises:
+        StoreError: there is no database yet.
+        MethodbenchError: it holds no finished run.
+    """
+    from methodbench.engine.driver import available_cores
+    from methodbench.engine.forecast import fit_budget, history_of
+    from methodbench.store import open_store
+
+    with open_store(db, create=False) as store:
+        done = store.latest(cell.key for cell in made.cells)
+        todo = [cell for cell in made.cells if cell.key not in done]
+        history = history_of(store)
+    return fit_budget(todo, history, seconds=seconds, cores=cores or available_cores(), memory=memory)
 
 
 def results(db: str | None = None, *, catalog: Catalog | None = None) -> pl.DataFrame:

@@ -783,3 +783,84 @@ def interaction(
         drawn[np.isnan(drawn)] = 0.0
         low, high = map(float, _percentiles(drawn, level))
     return Interaction(alone, together, together - sum(alone), low, high, int(rows.shape[1]))
+
+
+def student_t_tail(statistic: float, degrees: float) -> float:
+    """Return the two-sided tail probability of Student's t with real ``degrees`` of freedom.
+
+    It is the regularized incomplete beta function at degrees / (degrees + statistic**2), by its continued fraction
+    (Press et al. 2007, section 6.4).
+    """
+    if np.isnan(statistic):
+        return float("nan")
+    if np.isinf(statistic):
+        return 0.0
+    x = degrees / (degrees + statistic * statistic)
+    a, b = degrees / 2, 0.5
+    if x >= 1:
+        return 1.0
+    if x > (a + 1) / (a + b + 2):
+        return 1 - _incomplete_beta(b, a, 1 - x)
+    return _incomplete_beta(a, b, x)
+
+
+def _incomplete_beta(a: float, b: float, x: float) -> float:
+    if x <= 0:
+        return 0.0
+    front = math.exp(
+        math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)
+    )
+    tiny = 1e-300
+    c, d = 1.0, 1 / max(1 - (a + b) * x / (a + 1), tiny)
+    value = d
+    for m in range(1, 500):
+        before = value
+        even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
+        odd = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
+        for term in (even, odd):
+            d = 1 / (_away_from_zero(1 + term * d, tiny))
+            c = _away_from_zero(1 + term / c, tiny)
+            value *= c * d
+        if abs(value - before) <= 1e-15 * abs(value):
+            break
+    return front * value / a
+
+
+def _away_from_zero(value: float, tiny: float) -> float:
+    return value if abs(value) > tiny else tiny
+
+
+def seeds_and_units_test(differences: Array) -> tuple[float, float]:
+    """Test whether two methods differ on average over seeds and units, both drawn at random.
+
+    The variance of the mean is the sum of what seeds and what units contribute, which counts what both share twice
+    and so errs on the safe side (Owen 2007, the pigeonhole bootstrap); the degrees of freedom are Satterthwaite's.
+
+    Args:
+        differences: [seeds, units], paired; at least two seeds.
+
+    Returns:
+        The mean difference and its two-sided p-value: 1 when all differences are zero, and 0 when they are the same
+        for every seed and unit.
+    """
+    seeds, units = differences.shape
+    mean = float(differences.mean())
+    of_seeds = float(differences.mean(axis=1).var(ddof=1)) / seeds
+    of_units = float(differences.mean(axis=0).var(ddof=1)) / units if units > 1 else 0.0
+    variance = of_seeds + of_units
+    if variance == 0:
+        return mean, 0.0 if mean else 1.0
+    pieces = of_seeds**2 / (seeds - 1) + (of_units**2 / (units - 1) if units > 1 else 0.0)
+    return mean, student_t_tail(mean / math.sqrt(variance), variance**2 / pieces)
+
+
+def alpha_spent(rate: float, looks: int) -> Array:
+    """Split an error rate over looks at growing data, so that the sum holds whatever the looks have in common.
+
+    The pieces are those of Lan and DeMets' (1983) spending function of Pocock type, nearly even over the looks.
+
+    Returns:
+        [looks], which sum to ``rate``.
+    """
+    share = np.arange(looks + 1) / looks
+    return np.diff(rate * np.log1p((math.e - 1) * share))

@@ -21,7 +21,7 @@ A suite (YAML or TOML) lists comparisons; each is a grid of methods, models, tas
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from importlib.resources import files
 from pathlib import Path
@@ -144,6 +144,16 @@ class Suite(Strict):
     title: str = Field(default="", description="what the suite answers, for the reader")
     description: str = Field(default="", description="more about it")
     comparisons: Annotated[list[Comparison], Field(min_length=1)] = Field(description="the grids")
+
+    def with_seeds(self, count: int) -> Suite:
+        """Return the suite with ``count`` seeds in each comparison: its own first, then the next that are free."""
+
+        def enough(own: Sequence[int]) -> list[int]:
+            more = (seed for seed in itertools.count() if seed not in own)
+            return [*own, *itertools.islice(more, max(0, count - len(own)))][:count]
+
+        comparisons = [one.model_copy(update={"seeds": enough(one.seeds)}) for one in self.comparisons]
+        return self.model_copy(update={"comparisons": comparisons})
 
     @model_validator(mode="before")
     @classmethod

@@ -1,9 +1,14 @@
-"""Entries of the core: the baseline that every compressor is compared with, and problems with planted truth."""
+"""Entries of the core: the do-nothing baseline, problems with planted truth, the executor for Ray clusters."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from methodbench.entries import Family, Method, Metric, Model, Task
 from methodbench.hookspecs import hookimpl
+
+if TYPE_CHECKING:
+    from methodbench.engine.executors import Executor, ExecutorOptions
 
 
 @hookimpl
@@ -111,3 +116,12 @@ def methodbench_tasks() -> list[Task]:
             "How far measurements move when outlier channels are planted into one function.", "causal-lm",
         ),
     ]  # fmt: skip
+
+
+@hookimpl
+def methodbench_executor(name: str, options: ExecutorOptions) -> Executor | None:
+    if name != "ray":
+        return None
+    from methodbench.builtin.ray_executor import RayExecutor
+
+    return RayExecutor(options)

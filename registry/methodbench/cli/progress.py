@@ -34,6 +34,7 @@ class LineReporter:
 
     def begin(self, plan: Plan, todo: Sequence[Cell], done: Mapping[str, Run]) -> None:
         self.total = len(todo)
+        self.count = 0
         known = f", {len(done)} done before" if done else ""
         skipped = f", {len(plan.skips)} skipped" if plan.skips else ""
         self.say(f"{plan.suite}: {len(todo)} cells to run{known}{skipped}")
@@ -112,6 +113,9 @@ class BarReporter(LineReporter):
 
     def begin(self, plan: Plan, todo: Sequence[Cell], done: Mapping[str, Run]) -> None:
         super().begin(plan, todo, done)
+        if self.task is not None:
+            self.bar.remove_task(self.task)
+            self.task = None
         if todo:
             self.task = self.bar.add_task("starting workers", total=len(todo))
             self.bar.start()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections import Counter
 from pathlib import Path
@@ -24,7 +25,9 @@ from methodbench.cli.output import (
 if TYPE_CHECKING:
     from methodbench.catalog import Catalog
     from methodbench.engine.driver import Report
+    from methodbench.engine.forecast import Budget
     from methodbench.engine.plan import Plan
+    from methodbench.engine.sequential import Decisions
     from methodbench.store import Store
 
 
@@ -92,6 +95,35 @@ def cell_options(function: Any) -> Any:
     return function
 
 
+class _Span(click.ParamType):
+    """A span of time: 90, 90s, 40m, 1h30m."""
+
+    name = "time"
+    _form = re.compile(r"^(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s?)?$")
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        if isinstance(value, float):
+            return value
+        found = self._form.match(value.strip())
+        hours, minutes, seconds = (float(part or 0) for part in found.groups()) if found else (0.0, 0.0, 0.0)
+        total = 3600 * hours + 60 * minutes + seconds
+        if not total:
+            self.fail(f"{value!r} is no span of time; write 40m, 1h30m or 90s", param, ctx)
+        return total
+
+
+_budget_option = click.option(
+    "--budget", type=_Span(), help="Take only what is expected to fit this time: 40m, 1h30m, 90s."
+)
+_cores_option = click.option("--cores", type=click.IntRange(min=1), help="CPU cores to use.  [default: all]")
+_memory_option = click.option(
+    "--memory-limit",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="GIB",
+    help="End a cell that holds more, with all it started.  [default: 90 % of memory]",
+)
+
+
 def wanted_suites(suites: tuple[str, ...], chosen: dict[str, Any]) -> list[Any]:
     """Return the suites named on the command line, or one made of the options."""
     if suites and (chosen["methods"] or chosen["tasks"]):
@@ -137,9 +169,24 @@ def _validated(mapping: dict[str, Any]) -> Any:
 @click.argument("suites", nargs=-1)
 @cell_options
 @db_option
+@_budget_option
+@_cores_option
+@_memory_option
 @json_option
-def plan(suites: tuple[str, ...], db: str | None, as_json: bool, **chosen: Any) -> None:
-    """Show the cells of SUITES (names or files): what is done, what is missing, what is skipped and why."""
+def plan(
+    suites: tuple[str, ...],
+    db: str | None,
+    budget: float | None,
+    cores: int | None,
+    memory_limit: float | None,
+    as_json: bool,
+    **chosen: Any,
+) -> None:
+    """Show the cells of SUITES (names or files): what is done, what is missing, what is skipped and why.
+
+    With --budget, also what each missing cell is expected to take, from the runs that the database holds, and what
+    is left out to stay within that time.
+    """
     from methodbench import api
     from methodbench.engine.why import superseded
     from methodbench.store import open_store
@@ -153,6 +200,10 @@ def plan(suites: tuple[str, ...], db: str | None, as_json: bool, **chosen: Any) 
         with open_store(db) as store:
             done = store.latest(cell.key for cell in made.cells)
             before = superseded(store, [cell for cell in made.cells if cell.key not in done])
+    fitted = None
+    if budget is not None:
+        limit = int(memory_limit * 2**30) if memory_limit else None
+        fitted = api.fit_budget(made, budget, db=db, cores=cores, memory=limit)
     if as_json:
         cells = [
             {
@@ -160,11 +211,15 @@ def plan(suites: tuple[str, ...], db: str | None, as_json: bool, **chosen: Any) 
                 "command": cell.command(),
                 "identity": cell.identity(),
                 "status": _status(done, before, cell.key),
+                **(_forecast_data(fitted, cell.key) if fitted else {}),
             }
             for cell in made.cells
         ]
         skips = [{name: getattr(skip, name) for name in skip.__slots__} for skip in made.skips]
         echo_json({"suite": made.suite, "cells": cells, "skipped": skips})
+        return
+    if fitted is not None:
+        _print_budget(made, fitted, budget or 0)
         return
     table(
         ("status", "method", "variant", "model", "task", "seed"),
@@ -189,6 +244,50 @@ def plan(suites: tuple[str, ...], db: str | None, as_json: bool, **chosen: Any) 
     )
 
 
+def _forecast_data(fitted: Budget, key: str) -> dict[str, Any]:
+    forecast = fitted.forecasts.get(key)
+    if forecast is None:
+        return {}
+    return {
+        "expected_seconds": forecast.seconds,
+        "expected_memory_bytes": forecast.memory,
+        "expected_from": f"{forecast.runs} runs: {forecast.basis}",
+        "left_out": fitted.left_out.get(key, ""),
+    }
+
+
+def _print_budget(made: Plan, fitted: Budget, budget: float) -> None:
+    """Print the cells in the order in which they fit, then those that are left out."""
+    by_key = {cell.key: cell for cell in made.cells}
+    order = [cell.key for cell in fitted.kept] + list(fitted.left_out)
+    rows = []
+    for key in order:
+        cell, forecast = by_key[key], fitted.forecasts[key]
+        rows.append(
+            (
+                "left out" if key in fitted.left_out else "to run",
+                cell.method.name,
+                cell.variant,
+                cell.model.name if cell.model else "–",
+                cell.task.name,
+                str(cell.seed),
+                duration(forecast.seconds),
+                size(forecast.memory),
+                f"{forecast.runs} × {forecast.basis}",
+            )
+        )
+    headers = ("status", "method", "variant", "model", "task", "seed", "time", "memory", "expected from")
+    table(headers, rows, right=("seed", "time", "memory"))
+    _print_skips(made)
+    done = len(made.cells) - len(order)
+    click.echo(
+        f"\n{len(fitted.kept)} cells to run, expected to take {duration(fitted.seconds)} of {duration(budget)}; "
+        f"{done} done before; {len(made.skips)} skipped"
+    )
+    for reason, count in Counter(fitted.left_out.values()).items():
+        click.echo(f"left out {count}: {reason}")
+
+
 def _status(done: dict[str, Any], before: dict[str, Any], key: str) -> str:
     return done[key].status if key in done else "stale" if key in before else "to run"
 
@@ -203,13 +302,40 @@ def _print_skips(made: Plan) -> None:
 @click.argument("suites", nargs=-1)
 @cell_options
 @db_option
-@click.option("--executor", default="local", show_default=True, help="Where workers run.")
-@click.option("--cores", type=click.IntRange(min=1), help="CPU cores to use.  [default: all]")
+@click.option("--executor", default="local", show_default=True, help="Where workers run: local or ray.")
 @click.option(
-    "--memory-limit",
-    type=float,
-    metavar="GIB",
-    help="End a worker that holds more.  [default: 90 % of memory]",
+    "--executor-address",
+    "address",
+    default="",
+    metavar="ADDRESS",
+    help="Cluster of the executor: HOST:6379 or ray://HOST:10001.  [default: one of its own here]",
+)
+@_cores_option
+@_memory_option
+@_budget_option
+@click.option(
+    "--until-decided",
+    is_flag=True,
+    help="Go seed by seed, and stop each method when all of its comparisons are decided.",
+)
+@click.option(
+    "--error-rate",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    default=0.05,
+    show_default=True,
+    help="With --until-decided: bound on the chance of any wrong decision.",
+)
+@click.option(
+    "--max-seeds",
+    type=click.IntRange(min=2),
+    help="With --until-decided: seeds per method at most.  [default: those of the suite]",
+)
+@click.option(
+    "--batch",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Cells that one worker may run in turn; more than one saves time, and isolates less.",
 )
 @click.option("--retry", is_flag=True, help="Also run cells whose newest record is a failure.")
 @json_option
@@ -217,8 +343,14 @@ def run(
     suites: tuple[str, ...],
     db: str | None,
     executor: str,
+    address: str,
     cores: int | None,
     memory_limit: float | None,
+    budget: float | None,
+    until_decided: bool,
+    error_rate: float,
+    max_seeds: int | None,
+    batch: int,
     retry: bool,
     as_json: bool,
     **chosen: Any,
@@ -229,17 +361,34 @@ def run(
     """
     from methodbench import api
     from methodbench.cli.progress import reporter
+    from methodbench.engine.processes import terminate_like_interrupt
 
-    report = api.run(
-        wanted_suites(suites, chosen),
-        db=db,
-        executor=executor,
-        cores=cores,
-        memory_limit=int(memory_limit * 2**30) if memory_limit else None,
-        retry=retry,
-        reporter=reporter(quiet=as_json),
-        catalog=get_catalog(),
-    )
+    if until_decided and budget is not None:
+        raise click.UsageError(
+            "--until-decided and --budget cannot go together: one of them decides what is run."
+        )
+    if max_seeds and not until_decided:
+        raise click.UsageError("--max-seeds belongs to --until-decided.")
+    known = get_catalog()
+    limit = int(memory_limit * 2**30) if memory_limit else None
+    options: dict[str, Any] = {
+        "executor": executor, "address": address, "cores": cores, "memory_limit": limit, "batch": batch,
+        "retry": retry, "reporter": reporter(quiet=as_json),
+    }  # fmt: skip
+    wanted = wanted_suites(suites, chosen)
+    with terminate_like_interrupt():
+        if until_decided:
+            decisions = api.run_until_decided(
+                wanted, db=db, error_rate=error_rate, max_seeds=max_seeds, catalog=known, **options
+            )
+            return _show_decisions(decisions, as_json=as_json)
+        made = api.plan(wanted, catalog=known)
+        if budget is not None:
+            fitted = api.fit_budget(made, budget, db=db, cores=cores, memory=limit)
+            made.cells = [cell for cell in made.cells if cell.key not in fitted.left_out]
+            for reason, count in Counter(fitted.left_out.values()).items():
+                click.echo(f"left out {count} of {len(fitted.forecasts)} cells: {reason}", err=as_json)
+        report = api.run(made, db=db, catalog=known, **options)
     if as_json:
         runs = [
             {"run": run.id, "status": run.status, "reason": run.reason, "key": key}
@@ -252,6 +401,59 @@ def run(
         _print_skips(report.plan)
         click.echo(_summary(report))
     return 0 if report.complete else 1
+
+
+def _show_decisions(decisions: Decisions, *, as_json: bool) -> int:
+    """Print what was decided, what stays open, and what was not run."""
+    pairs = decisions.pairs
+    if as_json:
+        echo_json(
+            {
+                "suite": decisions.report.plan.suite,
+                "error_rate": decisions.error_rate,
+                "new": len(decisions.report.new),
+                "pairs": [
+                    {
+                        "model": pair.model, "task": pair.task, "a": pair.a.name, "b": pair.b.name,
+                        "verdict": pair.verdict, "better": pair.better, "difference": pair.difference,
+                        "p_value": pair.p_value, "seeds": pair.seeds, "note": pair.note,
+                    }
+                    for pair in pairs
+                ],
+                "left_out": [cell.key for cell in decisions.left_out],
+            }
+        )  # fmt: skip
+        return 0 if decisions.report.complete else 1
+    _print_skips(decisions.report.plan)
+    rows = []
+    for pair in sorted(pairs, key=lambda pair: (pair.model, pair.task)):
+        verdict = f"{pair.better} is better" if pair.verdict == "decided" else pair.verdict
+        rows.append(
+            (
+                " · ".join(filter(None, [pair.model, pair.task])),
+                pair.a.name,
+                pair.b.name,
+                number(pair.difference),
+                number(pair.p_value),
+                str(pair.seeds),
+                f"{verdict} ({pair.note})" if pair.note else verdict,
+            )
+        )
+    click.echo()
+    headers = ("question", "a", "b", "a − b", "p", "seeds", "verdict")
+    table(headers, rows, right=("a − b", "p", "seeds"))
+    settled = sum(pair.verdict == "decided" for pair in pairs)
+    still = sum(pair.verdict == "open" for pair in pairs)
+    click.echo(
+        f"\n{len(pairs)} pair{'s' if len(pairs) != 1 else ''}: {settled} decided, {still} open; "
+        f"the chance that any is decided wrongly is at most {decisions.error_rate:g} "
+        "(paired t over seeds and units, split over pairs and looks)"
+    )
+    arms = Counter(cell.label.rpartition(" · ")[0] for cell in decisions.left_out)
+    for label, count in arms.items():
+        click.echo(f"left out {count} seeds of {label}: its comparisons are decided")
+    click.echo(_summary(decisions.report))
+    return 0 if decisions.report.complete else 1
 
 
 def _summary(report: Report) -> str:
@@ -284,6 +486,7 @@ def demo(quick: bool, out: Path, db: str | None, cores: int | None) -> int:
     from methodbench import api
     from methodbench.cli.progress import reporter
     from methodbench.engine.driver import available_cores
+    from methodbench.engine.processes import terminate_like_interrupt
     from methodbench.store import open_store
 
     begin = time.monotonic()
@@ -299,9 +502,14 @@ def demo(quick: bool, out: Path, db: str | None, cores: int | None) -> int:
     )
     for suite in suites:
         click.echo(f"  {suite.name}: {suite.summary}")
-    report = api.run(
-        [suite.name for suite in suites], db=db, cores=cores, reporter=reporter(quiet=False), catalog=known
-    )
+    with terminate_like_interrupt():
+        report = api.run(
+            [suite.name for suite in suites],
+            db=db,
+            cores=cores,
+            reporter=reporter(quiet=False),
+            catalog=known,
+        )
     _print_skips(report.plan)
     click.echo(_summary(report))
     with open_store(db) as store:

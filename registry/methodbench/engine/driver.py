@@ -20,10 +20,11 @@ from methodbench import __version__, sources
 from methodbench.composition import describe_links
 from methodbench.engine.cell import Cell, Job, group_jobs
 from methodbench.engine.executors import CellOutcome, Executor, ExecutorOptions, LocalExecutor
+from methodbench.engine.prepared import is_prepared, prepared_folder
 from methodbench.engine.slots import Needs
 from methodbench.entries import Method, Model
 from methodbench.errors import MethodbenchError, UnknownNameError
-from methodbench.provenance import canonical_json, described, environment, wheel
+from methodbench.provenance import canonical_json, described, environment, source_digest, wheel
 from methodbench.store import Environment, Fingerprint, MetricValue, Run, Series, Store
 from methodbench.store.claims import Lease
 
@@ -162,11 +163,6 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def prepared_folder(weights_digest: str) -> Path:
-    """Return where a model lies once its loader has prepared it."""
-    return sources.cache_dir() / "models" / weights_digest
-
-
 def _fetch_weights(todo: list[Cell], report: Report, reporter: Reporter) -> list[Cell]:
     """Fetch the sources of models that are not prepared yet; leave out the cells of those that cannot be had."""
     problems: dict[str, str] = {}
@@ -176,7 +172,7 @@ def _fetch_weights(todo: list[Cell], report: Report, reporter: Reporter) -> list
         if model is None or cell.weights_digest in fetched:
             continue
         fetched.add(cell.weights_digest)
-        if prepared_folder(cell.weights_digest).is_dir():
+        if is_prepared(prepared_folder(cell.weights_digest)):
             continue
         try:
             sources.fetch(
@@ -339,10 +335,7 @@ class _Drive:
         assert cell.model is not None
         source = sources.fetch(cell.model.source, sha256=cell.model.sha256).path
         wanted = {**_model_data(cell.model, cell.weights_digest), "source": str(source) if source else None}
-        # Models are trained and converted under seed 0 whatever the cell's seed: they are part of the question.
-        needs = dataclasses.asdict(Needs(_PREPARE_THREADS))
-        common = {**self._common(cell, _PREPARE_THREADS), "seed": 0, "device": "cpu", "needs": needs}
-        return {**common, "prepare": wanted, "cells": [{"timeout": cell.timeout}]}
+        return {**self._common(cell, _PREPARE_THREADS), **_preparing(cell), "prepare": wanted}
 
     def _job_data(self, jobs: Sequence[Job]) -> dict[str, Any]:
         """Return what one worker gets: parts that differ in method, model or seed, and the cells of each."""
@@ -354,6 +347,8 @@ class _Drive:
             for part, job in enumerate(jobs)
             for cell in job.cells
         ]
+        # For machines that lack a model which is prepared here.
+        data["preparation"] = _preparing(first)
         self.jobs[data["id"]] = tuple(cell for job in jobs for cell in job.cells)
         return data
 
@@ -379,18 +374,18 @@ class _Drive:
             return
         self._record(self.jobs[job["id"]][index], outcome)
 
-    def _environment(self, result: Mapping[str, Any]) -> Environment:
-        """Return the environment of a run: this machine, and what the worker computed with."""
-        numeric = result.get("numerics", {})
-        key = canonical_json(numeric)
+    def _environment(self, outcome: CellOutcome) -> Environment:
+        """Return the environment of a run: the machine it ran on, and what the worker computed with."""
+        numeric = outcome.result.get("numerics", {})
+        key = canonical_json([outcome.host, numeric])
         if key not in self.environments:
-            digest, data = described(environment(), numeric)
+            digest, data = described(outcome.host or environment(), numeric)
             self.environments[key] = Environment(digest=digest, captured_at=datetime.now(UTC), data=data)
         return self.environments[key]
 
     def _record(self, cell: Cell, outcome: CellOutcome) -> None:
         result = outcome.result
-        captured = self._environment(result)
+        captured = self._environment(outcome)
         identifier = uuid.uuid4().hex[:12]
         wall = result.get("wall_seconds", 0.0)
         started = result.get("started")
@@ -463,7 +458,7 @@ def _one_per_model(cells: Sequence[Cell]) -> list[Cell]:
     """Return one cell for each model that is not prepared yet."""
     found: dict[str, Cell] = {}
     for cell in cells:
-        if cell.model is not None and not prepared_folder(cell.weights_digest).is_dir():
+        if cell.model is not None and not is_prepared(prepared_folder(cell.weights_digest)):
             found.setdefault(cell.weights_digest, cell)
     return list(found.values())
 
@@ -485,6 +480,20 @@ def _batches(jobs: Sequence[Job], size: int) -> list[list[Job]]:
     return batches
 
 
+def _preparing(cell: Cell) -> dict[str, Any]:
+    """Return how a model is prepared, whichever cell needs it first.
+
+    Models are trained and converted under seed 0 whatever the cell's seed: they are part of the question.
+    """
+    return {
+        "seed": 0,
+        "device": "cpu",
+        "threads": _PREPARE_THREADS,
+        "needs": dataclasses.asdict(Needs(_PREPARE_THREADS)),
+        "cells": [{"timeout": cell.timeout}],
+    }
+
+
 def _part_data(cell: Cell) -> dict[str, Any]:
     return {
         "seed": cell.seed,
@@ -499,9 +508,12 @@ def _method_data(method: Method, params: Mapping[str, Any]) -> dict[str, Any]:
         "name": method.name,
         "kind": method.kind,
         "impl": method.impl,
+        "source_digest": source_digest(method.impl),
         "params": dict(params),
         "needs": list(method.needs),
-        "links": describe_links(method, params),
+        "links": [
+            {**link, "source_digest": source_digest(link["impl"])} for link in describe_links(method, params)
+        ],
     }
 
 
@@ -510,6 +522,8 @@ def _model_data(model: Model, weights_digest: str) -> dict[str, Any]:
         "name": model.name,
         "kind": model.kind,
         "loader": model.loader,
+        "spec": model.source,
+        "sha256": model.sha256,
         "options": dict(model.options),
         "digest": weights_digest,
         "folder": str(prepared_folder(weights_digest)),

@@ -46,6 +46,8 @@ class CellOutcome:
     reason: str = ""
     result: Mapping[str, Any] = field(default_factory=dict)
     log_tail: str = ""
+    host: Mapping[str, Any] | None = None
+    """Description of the machine that it ran on; None for the driver's own."""
 
 
 class Sink(Protocol):
@@ -125,6 +127,10 @@ class LocalExecutor:
         self._server_log: BinaryIO | None = None
         self._server_end = "died"
         self._ready = False
+        self._preloads = True
+        """False once a server has died while it imported modules."""
+        self._progress = False
+        """Whether a cell has come to its end since a server died last."""
         self._buffer = b""
         self._running: dict[str, _Running] = {}
         self._oom_kills = _oom_kills()
@@ -140,7 +146,7 @@ class LocalExecutor:
         while waiting or self._running:
             if self._server is None and waiting:
                 # A module that kills the server while it is imported must not do so again.
-                self._start_server(self.options.preload if deaths == 0 else [])
+                self._start_server(self.options.preload if self._preloads else [])
             self._send_what_fits(waiting, sink)
             # Records are written while the next worker starts.
             for running in written:
@@ -148,7 +154,8 @@ class LocalExecutor:
             written.clear()
             for event in self._events(timeout=0.1):
                 if event["event"] == "died":
-                    deaths += 1
+                    deaths = 1 if self._progress else deaths + 1
+                    self._progress = False
                     self._requeue(waiting, sink, give_up=deaths >= _MAX_DEATHS)
                 else:
                     self._handle(event, waiting, sink, written)
@@ -241,6 +248,7 @@ class LocalExecutor:
 
     def _requeue(self, waiting: deque[Mapping[str, Any]], sink: Sink, *, give_up: bool) -> None:
         """After the server's death: cells that wrote a result count; the one that ran is tried once more."""
+        self._preloads = self._preloads and self._ready
         log = self._end_server()
         for running in list(self._running.values()):
             if running.pid:
@@ -333,6 +341,7 @@ class LocalExecutor:
             case "phase":
                 sink.phase(running.job, running.current, event["phase"])
             case "cell":
+                self._progress = True
                 if running not in written:
                     written.append(running)
                 if event["index"] + 1 == len(_cells(running.job)) and not running.grant.gpus:

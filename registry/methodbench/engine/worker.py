@@ -27,6 +27,7 @@ import numpy.random  # NumPy imports it on first use, which would be in every wo
 from methodbench import params, stats
 from methodbench.catalog import load_implementation
 from methodbench.context import Context
+from methodbench.engine.prepared import is_prepared, list_files
 from methodbench.entries import Metric
 from methodbench.errors import DivergedError, MethodbenchError, NotApplicableError
 from methodbench.kinds import MODEL_KINDS
@@ -92,10 +93,12 @@ def _prepare_model(job: Mapping[str, Any], emit: Emit) -> None:
             temporary = target.with_suffix(".partial")
             # What an attempt that was killed or failed has left; the lock says that nobody works on it.
             shutil.rmtree(temporary, ignore_errors=True)
-            if not target.is_dir():
+            if not is_prepared(target):
+                shutil.rmtree(target, ignore_errors=True)
                 temporary.mkdir()
                 source = Path(wanted["source"]) if wanted["source"] else None
                 loader.prepare(source, temporary, Context(seed=job["seed"], threads=job["threads"]))
+                list_files(temporary)
                 temporary.replace(target)
         result = {"status": "ok"}
     except Exception as error:
@@ -260,10 +263,7 @@ class _Bench:
 
     def _calibration(self, task: Any, described: Mapping[str, Any], ctx: Context) -> Calibration:
         """Return the task's calibration inputs, made once per machine for all methods on this model."""
-        from safetensors import safe_open
         from safetensors.torch import save_file
-
-        from methodbench.torchkit.model import Calibration
 
         assert ctx.cache is not None
         identity = [
@@ -275,10 +275,9 @@ class _Bench:
         ]
         path = ctx.cache / "calibration" / f"{digest(identity)}.safetensors"
         with locked(path.with_suffix(".lock")):
-            if path.is_file():
-                with safe_open(path, "pt", device=ctx.device) as stored:
-                    metadata = stored.metadata() or {}
-                    return Calibration(stored.get_tensor("inputs"), metadata.get("source", ""))
+            stored = _stored_calibration(path, ctx.device)
+            if stored is not None:
+                return stored
             data: Calibration = task.calibration(self.model, ctx)
             temporary = path.with_suffix(f".{os.getpid()}.partial")
             save_file({"inputs": data.inputs.contiguous()}, temporary, metadata={"source": data.source})
@@ -293,6 +292,22 @@ def _method(wanted: Mapping[str, Any]) -> Any:
             wanted["name"], [(link, _method({**link, "links": []})) for link in wanted["links"]]
         )
     return params.build(implementation, wanted["params"], wanted["name"])
+
+
+def _stored_calibration(path: Path, device: str) -> Calibration | None:
+    """Read calibration inputs from the cache; None where there are none, or only a damaged file."""
+    from safetensors import SafetensorError, safe_open
+
+    from methodbench.torchkit.model import Calibration
+
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, "pt", device=device) as stored:
+            metadata = stored.metadata() or {}
+            return Calibration(stored.get_tensor("inputs"), metadata.get("source", ""))
+    except SafetensorError:
+        return None
 
 
 def _storage(model: LoadedModel) -> dict[str, Any]:

@@ -254,6 +254,8 @@ def translated(where: str) -> Iterator[None]:
         raise
     except json.JSONDecodeError as error:
         raise damaged(where, f"a stored value is no JSON ({error})") from error
+    except UnicodeDecodeError as error:
+        raise damaged(where, "it holds text that is none") from error
     except ValueError as error:
         # SQLAlchemy's words for a stored time that is none.
         if "datetime string" not in str(error) and "isoformat" not in str(error):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import random
 import signal
 import time
 from typing import Annotated, Literal
@@ -22,6 +23,30 @@ class Noop:
 
     def measure(self, model, data, ctx):
         return {"value": self.value}
+
+
+@hyperparameters
+class SlowNoop(Noop):
+    """Returns its value after a while, and notes in a file that it has run."""
+
+    seconds: float = 0.2
+    ledger: str = ""
+
+    def measure(self, model, data, ctx):
+        if self.ledger:
+            with open(self.ledger, "a") as file:
+                file.write(f"{self.value} {ctx.seed}\n")
+        time.sleep(self.seconds)
+        return {"value": self.value}
+
+
+@hyperparameters
+class Noisy(Noop):
+    """Returns its value with noise of its own, so that two methods differ by chance under each seed."""
+
+    def measure(self, model, data, ctx):
+        noise = random.Random(f"{ctx.seed} {self.value}").gauss(0, 0.01)
+        return {"value": self.value + noise}
 
 
 @hyperparameters
