@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
@@ -95,3 +96,31 @@ def test_the_bits_of_a_view_into_a_larger_storage_are_those_of_its_copy() -> Non
     storage = torch.randn(1001)
     assert mark("output", "", storage[1:]).digest == mark("output", "", storage[1:].clone()).digest
     assert mark("output", "", storage[1:].flip(0)).digest != mark("output", "", storage[1:]).digest
+
+
+def test_an_output_as_large_as_logits_is_sampled() -> None:
+    logits = torch.randn(3000, 3000)
+    found = mark("output", "head", logits)
+    assert (found.shape, mark("output", "head", logits.clone()).digest) == ([3000, 3000], found.digest)
+    logits += 1e-3
+    assert mark("output", "head", logits).digest != found.digest
+
+
+def test_what_cannot_be_read_costs_its_mark_and_no_result(capsys: pytest.CaptureFixture[str]) -> None:
+    class Sealed(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            if getattr(function, "__name__", "") == "detach":
+                raise RuntimeError("sealed")
+            return super().__torch_function__(function, types, args, kwargs or {})
+
+    class Seal(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.as_subclass(Sealed)
+
+    model = make_model(2)
+    model.module[1] = Seal()
+    with torch.no_grad(), Watch(model) as watch:
+        model.module(torch.randn(2, 64))
+    assert [one.at for one in watch.marks] == ["0.0", "0.1"]
+    assert "no fingerprint of the output of 1: sealed" in capsys.readouterr().err

@@ -3,14 +3,15 @@
 When two runs of one cell disagree, comparing their marks in order names the first place where they part: the
 calibration inputs, the weights that a method made of a block, or what a block gives for them. Outputs are those of
 the first batch that the protocol evaluates, so they cost no pass of their own, disturb no counter or generator that
-a method keeps, and need no knowledge of what a model takes. Every bit counts towards a digest: a checksum over the
-whole tensor, at the speed of memory, and sha256 over a sample, which knows the places as well.
+a method keeps, and need no knowledge of what a model takes. Every bit counts towards a digest, by a checksum at the
+speed of memory (but for outputs as large as logits), and sha256 over a sample knows the places as well.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import TracebackType
@@ -22,11 +23,15 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from methodbench.torchkit.model import LoadedModel
 
+#: Elements up to which an output is summed up in full; logits of a whole batch are sampled only.
+_OUTPUT_SUMMED = 1 << 22
 #: Elements of the sample of an output.
 _OUTPUT_SAMPLE = 1 << 15
 #: Pieces of the sample of a weight, and the elements of each.
 _PIECES, _PIECE = 16, 64
 _DIGITS = 6
+#: What torch raises for tensors whose bits cannot be had (subclasses, exotic dtypes).
+_UNREADABLE = (RuntimeError, NotImplementedError, TypeError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +86,12 @@ class Watch:
             return
         handle.remove()
         tensor = next(_tensors(output), None)
-        if tensor is not None:
+        if tensor is None:
+            return
+        try:
             self.marks.append(mark("output", name, tensor))
+        except _UNREADABLE as problem:
+            _left_out("output", name, problem)
 
 
 def mark(what: str, at: str, tensor: Tensor) -> Mark:
@@ -90,7 +99,9 @@ def mark(what: str, at: str, tensor: Tensor) -> Mark:
     flat = tensor.detach().reshape(-1)
     # An odd stride meets every channel of a layout whose channels are a power of two.
     stride = max(1, flat.numel() // _OUTPUT_SAMPLE) | 1
-    return _mark(what, at, list(tensor.shape), [("", tensor, flat[::stride] if stride > 1 else flat)])
+    sample = flat[::stride] if stride > 1 else flat
+    summed = flat if flat.numel() <= _OUTPUT_SUMMED else sample
+    return _mark(what, at, list(tensor.shape), [("", summed, sample)])
 
 
 def weight_marks(model: LoadedModel) -> list[Mark]:
@@ -101,8 +112,16 @@ def weight_marks(model: LoadedModel) -> list[Mark]:
         pieces = [(key, tensor, _sample(tensor.detach())) for key, tensor in held if _is_plain(tensor)]
         if pieces:
             count = sum(tensor.numel() for _, tensor, _ in pieces)
-            marks.append(_mark("weights", name, [count], pieces))
+            try:
+                marks.append(_mark("weights", name, [count], pieces))
+            except _UNREADABLE as problem:
+                _left_out("weights", name, problem)
     return marks
+
+
+def _left_out(what: str, at: str, problem: Exception) -> None:
+    """Say in the log that a mark is missing: one that cannot be taken costs a mark, not a result."""
+    print(f"no fingerprint of the {what} of {at}: {problem}", file=sys.stderr)
 
 
 def _sample(tensor: Tensor) -> Tensor:
@@ -116,7 +135,7 @@ def _sample(tensor: Tensor) -> Tensor:
 
 def _checksum(tensor: Tensor) -> int:
     """Return the sum of a tensor's bits, taken as 64-bit integers, modulo 2**64; threads do not change it."""
-    flat = tensor.detach().reshape(-1)
+    flat = tensor.detach().reshape(-1).contiguous()
     if flat.storage_offset() * flat.element_size() % 8:
         flat = flat.clone()
     octets = flat.view(torch.uint8)
@@ -126,7 +145,7 @@ def _checksum(tensor: Tensor) -> int:
 
 
 def _mark(what: str, at: str, shape: list[int], pieces: list[tuple[str, Tensor, Tensor]]) -> Mark:
-    hasher = hashlib.sha256()
+    hasher = hashlib.sha256(f"{shape}\0".encode())
     numbers = []
     for name, whole, sample in pieces:
         values = sample.cpu().contiguous()
