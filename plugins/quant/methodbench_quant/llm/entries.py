@@ -308,6 +308,40 @@ ABQ_LLM = Method(
     extra="quant",
 )
 
+_W2G64: dict[str, Any] = {"bits": 2, "group_size": 64, "symmetric": False}
+
+CBQ = Method(
+    name="cbq",
+    kind="compressor",
+    family="quant",
+    impl="methodbench_quant.llm.cbq:CBQ",
+    summary="Learns rounding and steps over overlapping windows of blocks, outliers cut or scaled before.",
+    applies_to=("causal-lm",),
+    paper=Paper(
+        title="CBQ: Cross-Block Quantization for Large Language Models",
+        arxiv="2312.07950",
+        venue="ICLR",
+        year=2025,
+        authors="Xin Ding and others",
+    ),
+    needs=("calibration",),
+    presets={
+        "w3": {"bits": 3, "symmetric": False, "epochs": 1},
+        "w3g64": {"bits": 3, "group_size": 64, "symmetric": False, "epochs": 1},
+        "w2g64": {**_W2G64, "epochs": 1},
+        "w2g64-blocks": {**_W2G64, "epochs": 1, "window": 1, "overlap": 0},
+        "w4a4": {"bits": 4, "a_bits": 4, "epochs": 1},
+        "w2g64-paper": {**_W2G64},
+    },
+    claims="cbq.toml",
+    fidelity="partial",
+    parity="an independent implementation of the published description",
+    vectors=("quant/cbq",),
+    properties=("deterministic",),
+    stage="quantize",
+    extra="quant",
+)
+
 METHODS: list[Method] = [
     SMOOTHQUANT,
     LORC,
@@ -435,4 +469,5 @@ METHODS: list[Method] = [
     QUAROT,
     OSTQUANT,
     ABQ_LLM,
+    CBQ,
 ]
