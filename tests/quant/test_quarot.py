@@ -42,7 +42,8 @@ def test_rotation_alone_keeps_the_logits(tiny: Tiny, tokens: Calibration, name: 
     torch.testing.assert_close(
         logits(ours, tokens), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max())
     )
-    assert ours.storage == "dense"
+    assert ours.storage == "real"
+    assert ours.accounted_bits == 32
 
 
 @pytest.mark.parametrize(("name", "same"), [("llama", False), ("opt", True)])

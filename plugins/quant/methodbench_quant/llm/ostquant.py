@@ -130,8 +130,8 @@ class OSTQuant:
         if self.steps and not len(data):
             raise NotApplicableError("ostquant learns from calibration inputs, and there are none")
         model = open_copy(model)
-        probe_logits(model)
         stream = residual_stream(model)
+        probe_logits(model)
         sites = [site_of(model, index) for index in range(len(stream.branches))]
         with torch.no_grad():
             if self.subtract_embed_mean:
@@ -156,8 +156,7 @@ class OSTQuant:
                 )
             },
         }
-        if self.w_bits < 16:
-            model = self._round_weights(model, data, ctx)
+        model = self._round_weights(model, data, ctx) if self.w_bits < 16 else finished(model, {})
         if self.a_bits < 16:
             self._quantize_inputs(model, sites)
             facts["activations"] = f"{self.a_bits} bits, simulated"

@@ -47,7 +47,7 @@ from methodbench.torchkit.rotation import (
     transform_input,
 )
 from methodbench_quant.llm.gptq import GPTQ
-from methodbench_quant.llm.layers import open_copy
+from methodbench_quant.llm.layers import finished, open_copy
 from methodbench_quant.llm.rtn import RTN
 from methodbench_quant.llm.settings import check_group_size
 
@@ -107,8 +107,7 @@ class QuaRot:
         model = open_copy(model)
         with ctx.phase("rotate"):
             model.facts["rotation_error"] = self.rotate(model, ctx.seed)
-        if self.w_bits < 16:
-            model = self._round_weights(model, data, ctx)
+        model = self._round_weights(model, data, ctx) if self.w_bits < 16 else finished(model, {})
         if self.a_bits < 16:
             quantize_inputs(model, lambda _: self._quantizer("a"))
             model.facts["activations"] = f"{self.a_bits} bits, simulated"
