@@ -240,7 +240,7 @@ class PackedLinear(PackedLayer):
     """
 
     format = "integer"
-    stores = Quantized
+    stores: ClassVar[type] = Quantized
 
     codes: Tensor
     zero: Tensor | None
@@ -546,6 +546,9 @@ def rebuild(module: nn.Module, configs: Mapping[str, Mapping[str, Any]]) -> nn.M
     Raises:
         MethodbenchError: ``module`` has no submodule of that name, or a format is not known.
     """
+    # A format is known once its module is imported.
+    from methodbench.torchkit import binary_coded, power_map  # noqa: F401
+
     for name, config in configs.items():
         parent, _, leaf = name.rpartition(".")
         arguments = dict(config)

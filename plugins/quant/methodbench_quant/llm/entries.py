@@ -471,3 +471,169 @@ METHODS: list[Method] = [
     ABQ_LLM,
     CBQ,
 ]
+
+SHIFTADDLLM = Method(
+    name="shiftaddllm",
+    kind="compressor",
+    family="quant",
+    impl="methodbench_quant.llm.shiftaddllm:ShiftAddLLM",
+    summary="Turns weights into binary matrices times scales of a few powers of two, with error feedback.",
+    applies_to=("causal-lm", "vit"),
+    paper=Paper(
+        title=(
+            "ShiftAddLLM: Accelerating Pretrained LLMs via Post-Training Multiplication-Less Reparameterization"
+        ),
+        arxiv="2406.05981",
+        venue="NeurIPS",
+        year=2024,
+        authors=(
+            "Haoran You and Yipin Guo and Yichao Fu and Wei Zhou and Huihong Shi and Xiaofan Zhang and "
+            "Souvik Kundu and Amir Yazdanbakhsh and Yingyan Celine Lin"
+        ),
+        code="GATECH-EIC/ShiftAddLLM",
+    ),
+    needs=("calibration",),
+    presets={
+        "w4": {"bits": 4},
+        "w3": {"bits": 3},
+        "w2": {"bits": 2},
+        "w3-lat": {"bits": 3, "mode": "lat"},
+        "w2-lat": {"bits": 2, "mode": "lat"},
+        "mixed-2.2": {"mix_bits": [0.0, 0.8, 0.2]},
+    },
+    claims="shiftaddllm.toml",
+    fidelity="authors-code",
+    parity="GATECH-EIC/ShiftAddLLM 1053837, without the random projection",
+    properties=("deterministic", "monotone:bits"),
+    extra="quant",
+)
+
+NUPES = Method(
+    name="nupes",
+    kind="compressor",
+    family="quant",
+    impl="methodbench_quant.llm.nupes:NUPES",
+    summary="Rounds weights after a power map whose exponent is searched, or learned with the weights.",
+    applies_to=("causal-lm", "vit"),
+    paper=Paper(
+        title="NUPES: Non-Uniform Post-Training Quantization via Power Exponent Search",
+        arxiv="2308.05600",
+        venue="IEEE TPAMI",
+        year=2025,
+        authors="Edouard Yvinec and Arnaud Dapogny and Kevin Bailly",
+    ),
+    needs=("calibration",),
+    presets={
+        "w8": {"bits": 8},
+        "w4": {"bits": 4},
+        "w3": {"bits": 3},
+        "w4-half": {"bits": 4, "exponent": 0.5},
+        "w4-layer": {"bits": 4, "scope": "layer"},
+        "w3-learned": {"bits": 3, "mode": "data_driven", "iterations": 40, "lr_v": 5e-3, "lr_a": 1e-3},
+    },
+    claims="nupes.toml",
+    fidelity="partial",
+    parity="a reference implementation of the data-free operator; the data-driven part is our reading",
+    properties=("deterministic", "monotone:bits"),
+    extra="quant",
+)
+
+ADAQUANT = Method(
+    name="adaquant",
+    kind="compressor",
+    family="quant",
+    impl="methodbench_quant.llm.adaquant:AdaQuant",
+    summary="Fits each layer's weight and ranges by gradients, and spends bits by an integer program.",
+    applies_to=("causal-lm",),
+    paper=Paper(
+        title="Improving Post Training Neural Quantization: Layer-wise Calibration and Integer Programming",
+        arxiv="2006.10518",
+        venue="ICML",
+        year=2021,
+        authors="Itay Hubara and Yury Nahshan and Yair Hanani and Ron Banner and Daniel Soudry",
+        code="itayhubara/CalibTIP",
+    ),
+    needs=("calibration",),
+    presets={
+        "w4a4": {},
+        "w4": {"a_bits": 16, "iterations": 60, "batch": 256},
+        "w3": {"bits": 3, "a_bits": 16, "iterations": 60, "batch": 256, "lr_w": 1e-4},
+        "w4a8": {"a_bits": 8, "iterations": 60, "batch": 256},
+        "mixed": {
+            "a_bits": 16,
+            "size": 0.14,
+            "precisions": [8, 4, 3],
+            "unit": "block",
+            "loss_tokens": 128,
+            "iterations": 20,
+            "batch": 256,
+        },
+        "w3-biases": {"bits": 3, "a_bits": 16, "iterations": 0, "bias_steps": 16, "bias_lr": 0.01},
+    },
+    claims="adaquant.toml",
+    fidelity="authors-code",
+    parity="itayhubara/CalibTIP 8bffbe4",
+    properties=("deterministic", "monotone:bits"),
+    extra="quant",
+)
+
+AGILE_QUANT = Method(
+    name="agile-quant",
+    kind="compressor",
+    family="quant",
+    impl="methodbench_quant.llm.agile_quant:AgileQuant",
+    summary="GPTQ weights, static activations, and fewer tokens: those that heed the first token least go.",
+    applies_to=("causal-lm",),
+    paper=Paper(
+        title="Agile-Quant: Activation-Guided Quantization for Faster Inference of LLMs on the Edge",
+        arxiv="2312.05693",
+        venue="AAAI",
+        year=2024,
+        authors=(
+            "Xuan Shen and Peiyan Dong and Lei Lu and Zhenglun Kong and Zhengang Li and Ming Lin and "
+            "Chao Wu and Yanzhi Wang"
+        ),
+        code="shawnricecake/agile-quant",
+    ),
+    needs=("calibration",),
+    presets={
+        "w4a8": {"group_size": -1},
+        "w4a8g64": {"group_size": 64},
+        "w4a8g64-prune10": {"group_size": 64, "remove": 0.1},
+        "w4a8g64-low20": {"group_size": 64, "low": 0.2},
+        "w4a8g64-log2": {"group_size": 64, "softmax_grid": "log2"},
+    },
+    claims="agile_quant.toml",
+    fidelity="authors-code",
+    parity="shawnricecake/agile-quant dd8f36d: quantizers, token scores and sets",
+    properties=("deterministic",),
+    positions="tokens that pay attention to the first one",
+    extra="quant",
+)
+
+OUTLIER_METRICS = Method(
+    name="outlier-metrics",
+    kind="probe",
+    family="quant",
+    impl="methodbench_quant.llm.outlier_metrics:OutlierMetrics",
+    summary="Measures outliers of activations, weights and attention, massive activations and kurtosis.",
+    applies_to=("causal-lm",),
+    paper=Paper(
+        title="Systematic Outliers in Large Language Models",
+        arxiv="2502.06415",
+        venue="ICLR",
+        year=2025,
+        authors="Yongqi An and Xu Zhao and Tao Yu and Ming Tang and Jinqiao Wang",
+        code="an-yongqi/systematic-outliers",
+    ),
+    claims="outlier_metrics.toml",
+    fidelity="authors-code",
+    parity=(
+        "an-yongqi/systematic-outliers 5559abe, dmis-lab/Outlier-Safe-Pre-Training 4c2c367; "
+        "massive activations and the fit against a reference implementation"
+    ),
+    properties=("deterministic",),
+    extra="quant",
+)
+
+METHODS += [SHIFTADDLLM, NUPES, ADAQUANT, AGILE_QUANT, OUTLIER_METRICS]

@@ -13,6 +13,8 @@ _ACC = Metric(name="acc", direction="higher", title="accuracy", primary=True)
 _ACC_NORM = Metric(name="acc_norm", direction="higher", title="accuracy, normalized by length")
 _EXACT_MATCH = Metric(name="exact_match", direction="higher", title="exact match", primary=True)
 _SCORE = Metric(name="score", direction="higher", title="first metric, higher is better", primary=True)
+#: A probe names its own numbers; the first of them is repeated under this name.
+_PROBED = Metric(name="score", direction="lower", title="first number of the probe", primary=True)
 
 #: Metrics of tasks that are known beforehand, by the beginning of lm-eval's name. The metrics of every other
 #: task come with its results; the first of them is repeated as ``score``.
@@ -45,6 +47,18 @@ TASKS: list[Task] = [
         metrics=(_PERPLEXITY,),
         protocol=1,
         options={"text": "wikitext2"},
+        extra="quant",
+    ),
+    Task(
+        name="pydoc-probe",
+        kinds=("probe",),
+        accepts=_ACCEPTS,
+        impl="methodbench_quant.tasks.probing:Probing",
+        summary="Hands the language reference that ships with Python to a probe (8 windows of 512 tokens).",
+        metrics=(_PROBED,),
+        protocol=1,
+        data="builtin:pydoc-topics",
+        options={"text": "pydoc", "windows": 8},
         extra="quant",
     ),
 ]
