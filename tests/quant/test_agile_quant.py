@@ -172,7 +172,7 @@ def test_small_probabilities_become_zero() -> None:
 
 @pytest.mark.parametrize("name", ["opt", "mixture"])
 def test_blocks_unlike_llamas_are_refused(tiny: Tiny, tokens: Calibration, name: str) -> None:
-    with pytest.raises(NotApplicableError, match="Llama|gate, up and down"):
+    with pytest.raises(NotApplicableError, match=r"Llama|gate, up and down"):
         compressed(tiny(name), tokens)
 
 
