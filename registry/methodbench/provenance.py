@@ -36,13 +36,17 @@ _VARIABLES = (
 _FLAGS = re.compile(r"^(avx|sse|ssse|fma|f16c|amx|bf16|i8mm|asimd|sve|sme\d*$|neon|vsx|fphp|vnni)")
 
 
+#: One encoder for all calls: making one costs more than most of the values it writes.
+_ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
 def canonical_json(value: Any) -> str:
     """Return the one JSON text of ``value``: sorted keys, no spaces, ASCII.
 
     Raises:
         TypeError, ValueError: the value holds something that JSON has no form for, NaN and infinity included.
     """
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return _ENCODER.encode(value)
 
 
 def digest(value: Any) -> str:

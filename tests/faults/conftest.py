@@ -57,7 +57,7 @@ class Bench:
         """A grid of cells that note in the ledger that they run."""
         values = [index / count for index in range(count)]
         params = {"seconds": seconds, "ledger": str(self.ledger)}
-        return self.plan({"name": "slow-noop", "params": params, "grid": {"value": values}}, **more)
+        return self.plan({"name": "sleeper", "params": params, "grid": {"value": values}}, **more)
 
     def run(self, plan: Plan, **options: Any) -> Report:
         """Run a plan in this process."""

@@ -79,7 +79,7 @@ def test_without_history_nothing_is_made_up(catalog: Catalog) -> None:
 
 
 def test_the_history_of_a_database_predicts_what_cells_really_take(store: Store, catalog: Catalog) -> None:
-    grid = {"name": "slow-noop", "grid": {"seconds": [0.1, 0.6]}}
+    grid = {"name": "sleeper", "grid": {"seconds": [0.1, 0.6]}}
     first = api.plan(
         {"name": "t", "comparisons": [{"methods": [grid], "tasks": ["toy-value"]}]}, catalog=catalog
     )

@@ -132,7 +132,7 @@ def test_cells_end_badly_on_ray_as_they_do_here(cluster: Any, catalog: Catalog, 
 
 def test_a_node_that_is_killed_costs_no_cell(cluster: Any, catalog: Catalog, store: Store) -> None:
     doomed = cluster.add_node(num_cpus=2, **node_options())
-    wanted = suite({"name": "slow-noop", "grid": {"value": [i / 10 for i in range(24)]}})
+    wanted = suite({"name": "sleeper", "grid": {"value": [i / 10 for i in range(24)]}})
 
     class Kill(SilentReporter):
         count = 0
@@ -172,7 +172,7 @@ def test_a_ray_process_that_is_killed_costs_no_cell_and_leaves_nobody(
 
     killer = threading.Thread(target=kill)
     killer.start()
-    wanted = suite({"name": "slow-noop", "grid": {"value": [i / 10 for i in range(12)]}})
+    wanted = suite({"name": "sleeper", "grid": {"value": [i / 10 for i in range(12)]}})
     report = run(store, catalog, wanted)
     killer.join()
     assert killed
@@ -187,7 +187,7 @@ def test_ctrl_c_on_ray_ends_the_workers_and_the_next_run_goes_on(
         def finished(self, cell: Any, run: Any, metrics: Any) -> None:
             raise KeyboardInterrupt
 
-    wanted = suite({"name": "slow-noop", "grid": {"value": [1, 2, 3, 4, 5, 6]}})
+    wanted = suite({"name": "sleeper", "grid": {"value": [1, 2, 3, 4, 5, 6]}})
     with pytest.raises(KeyboardInterrupt):
         run(store, catalog, wanted, reporter=Interrupt())
     done = len(store.runs())

@@ -75,15 +75,15 @@ def decide(
 
 def test_clear_differences_stop_early_and_the_rest_is_left_out(store: Store, catalog: Catalog) -> None:
     """Two of three methods differ by less than the noise of the task; the third is far away."""
-    values = {"name": "noisy", "grid": {"value": [1.0, 1.0001, 5.0]}}
+    values = {"name": "jitter", "grid": {"value": [1.0, 1.0001, 5.0]}}
     decisions = decide(store, catalog, values)
     verdicts = {(pair.a.name, pair.b.name): pair for pair in decisions.pairs}
-    near = verdicts["noisy@value=1.0", "noisy@value=1.0001"]
+    near = verdicts["jitter@value=1.0", "jitter@value=1.0001"]
     assert near.verdict == "open"
     assert near.seeds == 6
     for pair in decisions.pairs:
         if pair is not near:
-            assert (pair.verdict, pair.better) == ("decided", "noisy@value=5.0")
+            assert (pair.verdict, pair.better) == ("decided", "jitter@value=5.0")
             assert pair.seeds < 6
             assert abs(pair.difference) == pytest.approx(4, abs=0.1)
     # Only the far one is spared seeds.
@@ -99,10 +99,10 @@ def test_clear_differences_stop_early_and_the_rest_is_left_out(store: Store, cat
 
 def test_equal_scores_and_failures_need_no_further_seed(store: Store, catalog: Catalog) -> None:
     decisions = decide(
-        store, catalog, "noop", {"name": "slow-noop", "params": {"seconds": 0}}, {"name": "misbehave"}
+        store, catalog, "noop", {"name": "sleeper", "params": {"seconds": 0}}, {"name": "misbehave"}
     )
     verdicts = {frozenset((pair.a.name, pair.b.name)): pair.verdict for pair in decisions.pairs}
-    assert verdicts[frozenset({"noop", "slow-noop@seconds=0"})] == "equal"
+    assert verdicts[frozenset({"noop", "sleeper@seconds=0"})] == "equal"
     assert set(verdicts.values()) == {"equal", "not comparable"}
     assert len(store.runs()) == 6
     assert len(decisions.left_out) == 12

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import itertools
 import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -81,13 +82,12 @@ def make_plan(suite: Suite, catalog: Catalog) -> Plan:
         for kind, entry in (("model", draft.model), ("task", draft.task)):
             if entry is not None:
                 _check_extra(catalog, kind, entry)
-    questions = [question for draft in drafts for question in draft.questions()]
-    resolved = dict(zip((question.key() for question in questions), resolve_all(questions), strict=True))
+    asked = [list(draft.questions()) for draft in drafts]
+    answered = iter(resolve_all([question for questions in asked for question in questions]))
     seen: set[str] = set()
-    for draft in drafts:
+    for draft, questions in zip(drafts, asked, strict=True):
         answers = []
-        for question in draft.questions():
-            answer = resolved[question.key()]
+        for answer in itertools.islice(answered, len(questions)):
             if isinstance(answer, MethodbenchError):
                 raise answer
             answers.append(answer)

@@ -32,7 +32,10 @@ class Question:
     params: Mapping[str, Any]
 
     def key(self) -> str:
-        return digest([self.implementation, source_digest(self.implementation), _plain(self.params)])
+        try:
+            return digest([self.implementation, source_digest(self.implementation), dict(self.params)])
+        except (TypeError, ValueError) as error:
+            raise _unwritable(self.params, error) from error
 
 
 def _plain(params: Mapping[str, Any]) -> Any:
@@ -40,7 +43,11 @@ def _plain(params: Mapping[str, Any]) -> Any:
     try:
         return json.loads(json.dumps(params, allow_nan=False))
     except (TypeError, ValueError) as error:
-        raise ParameterError(f"parameters {dict(params)!r} cannot be written as JSON: {error}") from error
+        raise _unwritable(params, error) from error
+
+
+def _unwritable(params: Mapping[str, Any], error: Exception) -> ParameterError:
+    return ParameterError(f"parameters {dict(params)!r} cannot be written as JSON: {error}")
 
 
 def resolve_all(questions: Sequence[Question]) -> list[dict[str, Any] | MethodbenchError]:

@@ -26,7 +26,7 @@ class Noop:
 
 
 @hyperparameters
-class SlowNoop(Noop):
+class Sleeper(Noop):
     """Returns its value after a while, and notes in a file that it has run."""
 
     seconds: float = 0.2
@@ -41,7 +41,7 @@ class SlowNoop(Noop):
 
 
 @hyperparameters
-class Noisy(Noop):
+class Jitter(Noop):
     """Returns its value with noise of its own, so that two methods differ by chance under each seed."""
 
     def measure(self, model, data, ctx):

@@ -28,8 +28,8 @@ def _link(name: str, attribute: str, stage: str, **more: object) -> Method:
 def methodbench_methods():
     return [
         _probe("noop", "Noop", presets={"twice": {"value": 2.0}}, claims="noop.toml"),
-        _probe("slow-noop", "SlowNoop"),
-        _probe("noisy", "Noisy"),
+        _probe("sleeper", "Sleeper"),
+        _probe("jitter", "Jitter"),
         _probe("misbehave", "Misbehave"),
         _probe("needs-absent-module", "Absent"),
         Method(
