@@ -17,6 +17,7 @@ from methodbench.entries import Model
 from methodbench.errors import DivergedError, MethodbenchError, NotApplicableError, SourceError
 from methodbench.params import build
 from methodbench.torchkit.model import LoadedModel
+from methodbench.torchkit.seeding import repeatable
 from methodbench_vision.models.cifar10 import CifarResNet, ResNetCifar10, ViTTinyCifar10, shortcut
 from methodbench_vision.models.digits_vit import DigitsViT, spread_channels
 from methodbench_vision.models.digits_vit import build as build_digits_vit
@@ -25,7 +26,7 @@ from methodbench_vision.models.entries import MODELS, model_named
 from methodbench_vision.models.shapes_cnn import ShapesCNN, ShapesNet
 from methodbench_vision.models.storage import load_weights, read_checkpoint, save_weights
 from methodbench_vision.models.timm_hub import TimmHub
-from methodbench_vision.models.training import check_accuracy, repeatable
+from methodbench_vision.models.training import check_accuracy
 from methodbench_vision.tasks.accuracy import ImageAccuracy
 from methodbench_vision.tasks.datasets import CIFAR10_CLASSES, imagenet_classes
 from methodbench_vision.tasks.images import sample_pictures, to_inputs

@@ -504,6 +504,7 @@ SHIFTADDLLM = Method(
     claims="shiftaddllm.toml",
     fidelity="authors-code",
     parity="GATECH-EIC/ShiftAddLLM 1053837, without the random projection",
+    vectors=("quant/shiftaddllm",),
     properties=("deterministic", "monotone:bits"),
     extra="quant",
 )
@@ -534,6 +535,7 @@ NUPES = Method(
     claims="nupes.toml",
     fidelity="partial",
     parity="a reference implementation of the data-free operator; the data-driven part is our reading",
+    vectors=("quant/nupes",),
     properties=("deterministic", "monotone:bits"),
     extra="quant",
 )
@@ -573,6 +575,7 @@ ADAQUANT = Method(
     claims="adaquant.toml",
     fidelity="authors-code",
     parity="itayhubara/CalibTIP 8bffbe4",
+    vectors=("quant/adaquant",),
     properties=("deterministic", "monotone:bits"),
     extra="quant",
 )
@@ -606,6 +609,7 @@ AGILE_QUANT = Method(
     claims="agile_quant.toml",
     fidelity="authors-code",
     parity="shawnricecake/agile-quant dd8f36d: quantizers, token scores and sets",
+    vectors=("quant/agile_quant",),
     properties=("deterministic",),
     positions="tokens that pay attention to the first one",
     extra="quant",
@@ -626,14 +630,59 @@ OUTLIER_METRICS = Method(
         authors="Yongqi An and Xu Zhao and Tao Yu and Ming Tang and Jinqiao Wang",
         code="an-yongqi/systematic-outliers",
     ),
+    needs=("calibration",),
     claims="outlier_metrics.toml",
     fidelity="authors-code",
     parity=(
         "an-yongqi/systematic-outliers 5559abe, dmis-lab/Outlier-Safe-Pre-Training 4c2c367; "
         "massive activations and the fit against a reference implementation"
     ),
+    vectors=("quant/outlier_metrics",),
     properties=("deterministic",),
     extra="quant",
 )
 
-METHODS += [SHIFTADDLLM, NUPES, ADAQUANT, AGILE_QUANT, OUTLIER_METRICS]
+EAQUANT = Method(
+    name="eaquant",
+    kind="compressor",
+    family="quant",
+    impl="methodbench_quant.llm.eaquant:EAQuant",
+    summary="Quantizes mixtures of experts: one smoothing for all experts, a router that keeps its ranking.",
+    applies_to=("causal-lm",),
+    paper=Paper(
+        title=("EAQuant: Enhancing Post-Training Quantization for MoE Models via Expert-Aware Optimization"),
+        arxiv="2506.13329",
+        year=2025,
+        authors="Zhongqian Fu and Ning Ding and Kai Han and Xianzhi Yu and Xiaosong Li and Xinghao Chen and others",
+        code="darren-fzq1/EAQuant",
+    ),
+    needs=("calibration",),
+    presets={
+        "w4a4": {},
+        "w3a4": {"bits": 3},
+        # The base without the three additions: no merged smoothing, the router like any layer, no balance.
+        "w4a4-base": {"smooth": False, "router_criterion": "weight", "balance": 0.0},
+        "w4a4-router4": {"router_bits": 4},
+        "w4a4-router4-weight": {"router_bits": 4, "router_criterion": "weight"},
+        "w4a4-column": {"extreme": "column"},
+        "w4a4-all-weights": {"merge": "all-weights"},
+    },
+    claims="eaquant.toml",
+    fidelity="authors-code",
+    parity="darren-fzq1/EAQuant 37c4509: scales, outlier channels, clipping, permutation; rotations are random",
+    vectors=("quant/eaquant",),
+    properties=("deterministic",),
+    expected_failures=dict.fromkeys(
+        (
+            "runs-on-causal-lm",
+            "no-input-mutation",
+            "deterministic",
+            "state-dict",
+            "planted-outliers",
+        ),
+        "the suite's planted decoder has no experts; tests/quant/test_eaquant.py checks the same on a mixture",
+    ),
+    extra="quant",
+)
+
+METHODS += [SHIFTADDLLM, NUPES, ADAQUANT, AGILE_QUANT, EAQUANT, OUTLIER_METRICS]

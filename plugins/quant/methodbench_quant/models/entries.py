@@ -34,6 +34,25 @@ MODELS: list[Model] = [
         licence="Apache-2.0",
         extra="quant",
     ),
+    Model(
+        name="tiny-moe",
+        kind="causal-lm",
+        source="recipe:tiny-moe",
+        loader="methodbench_quant.models.tiny_moe:TinyMoE",
+        summary="A mixture of eight experts in three blocks, trained here on docstrings in under a minute.",
+        notes="Its vocabulary is its own: perplexities compare with those of no other model.",
+        extra="quant",
+    ),
+    Model(
+        name="tiny-moe-outliers",
+        kind="causal-lm",
+        source="recipe:tiny-moe",
+        loader="methodbench_quant.models.tiny_moe:TinyMoE",
+        options={"outlier_factor": 16.0},
+        summary="tiny-moe with two outlier channels behind every norm: same function, hostile activations.",
+        notes="Gains of two channels are multiplied by 16 and the next layers' columns divided by it.",
+        extra="quant",
+    ),
 ]
 
 

@@ -22,8 +22,9 @@ from methodbench.context import Context
 from methodbench.params import hyperparameters
 from methodbench.torchkit.adapters import Adapter, detect
 from methodbench.torchkit.model import LoadedModel, Preprocess
+from methodbench.torchkit.seeding import repeatable
 from methodbench_vision.models.storage import load_weights, save_weights
-from methodbench_vision.models.training import check_accuracy, repeatable, train
+from methodbench_vision.models.training import check_accuracy, train
 from methodbench_vision.tasks.datasets import DIGITS_CLASSES, LabelledImages, digits
 from methodbench_vision.tasks.images import to_inputs
 

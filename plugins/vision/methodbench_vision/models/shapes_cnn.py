@@ -17,8 +17,9 @@ from methodbench.context import Context
 from methodbench.params import hyperparameters
 from methodbench.torchkit.adapters import detect
 from methodbench.torchkit.model import LoadedModel, Preprocess
+from methodbench.torchkit.seeding import repeatable
 from methodbench_vision.models.storage import load_weights, save_weights
-from methodbench_vision.models.training import check_accuracy, repeatable, train
+from methodbench_vision.models.training import check_accuracy, train
 from methodbench_vision.tasks.images import SHAPES_CLASSES, SHAPES_SIZE, normalize, procedural_images
 
 PREPROCESS = Preprocess(size=(SHAPES_SIZE, SHAPES_SIZE), mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
