@@ -177,24 +177,32 @@ def fit_budget(
     return fit_budget(todo, history, seconds=seconds, cores=cores or available_cores(), memory=memory)
 
 
-def results(db: str | None = None, *, catalog: Catalog | None = None) -> pl.DataFrame:
+def results(
+    db: str | None = None, *, catalog: Catalog | None = None, last: int | None = None, **wanted: str | None
+) -> pl.DataFrame:
     """Return one row per run and metric, as a Polars frame.
 
     The column ``stale`` says what has changed since a run was made (see :mod:`methodbench.engine.why`); it is null
     for runs that still hold.
+
+    Args:
+        last: only so many of the newest runs; all by default.
+        wanted: values of columns of the runs, for example ``method="gptq"``.
 
     Raises:
         StoreError: there is no database yet, or it cannot be read.
     """
     import polars as pl
 
-    from methodbench.engine.why import stale_runs
+    from methodbench.engine.why import stale_versions
     from methodbench.store import open_store
 
     with open_store(db, create=False) as store:
-        frame = store.frame()
-        stale = stale_runs(store, catalog or load_catalog())
-    return frame.with_columns(pl.Series("stale", [stale.get(run) for run in frame["run"]], dtype=pl.String))
+        frame = store.frame(last, **wanted)
+        versions = store.versions_of(frame["run"])
+    stale = stale_versions(dict.fromkeys(versions.values()), catalog or load_catalog())
+    reasons = [stale.get(versions[run]) if run in versions else None for run in frame["run"]]
+    return frame.with_columns(pl.Series("stale", reasons, dtype=pl.String))
 
 
 def compare(a: str, b: str, *, db: str | None = None) -> list[PairedResult]:

@@ -9,6 +9,9 @@ import click
 
 from methodbench.cli.output import db_option, echo_json, get_catalog, interval, json_option, number, table
 
+#: How many runs `results` shows unless told otherwise.
+_LAST = 200
+
 
 @click.command()
 @click.argument("suites", nargs=-1)
@@ -19,7 +22,7 @@ def status(suites: tuple[str, ...], db: str | None, as_json: bool) -> None:
 
     Stale records were made with another version of the method, the weights, the data or the protocol (see `why`).
     """
-    from methodbench.engine.why import stale_runs, superseded
+    from methodbench.engine.why import stale_versions, superseded
     from methodbench.store import open_store
 
     with open_store(db, create=False) as store:
@@ -42,9 +45,10 @@ def status(suites: tuple[str, ...], db: str | None, as_json: bool) -> None:
             groups = {plan.suite: counts}
         else:
             groups = {}
-            old = stale_runs(store, get_catalog())
-            for row in store.runs():
-                groups.setdefault(row.suite, Counter())["stale" if row.id in old else row.status] += 1
+            found = store.counts()
+            old = stale_versions(dict.fromkeys(version for _, _, version, _ in found), get_catalog())
+            for name, ended, version, count in found:
+                groups.setdefault(name, Counter())["stale" if version in old else ended] += count
         url = store.url
     if as_json:
         echo_json({"database": url, "suites": {name: dict(counts) for name, counts in groups.items()}})
@@ -63,6 +67,11 @@ def status(suites: tuple[str, ...], db: str | None, as_json: bool) -> None:
 @click.option("--suite", help="Only runs that this suite made.")
 @click.option("--metric", help="This metric instead of the primary one.")
 @click.option("--failed", is_flag=True, help="Only runs that are not ok, with the reason.")
+@click.option(
+    "--last",
+    type=click.IntRange(min=0),
+    help="Only so many of the newest runs; 0 for all.  [default: 200, all with --json or --failed]",
+)
 @db_option
 @json_option
 def results(
@@ -72,6 +81,7 @@ def results(
     suite: str | None,
     metric: str | None,
     failed: bool,
+    last: int | None,
     db: str | None,
     as_json: bool,
 ) -> None:
@@ -83,14 +93,17 @@ def results(
 
     from methodbench import api
     from methodbench.errors import UnknownNameError
+    from methodbench.store import open_store
 
-    frame = api.results(db, catalog=get_catalog())
-    for column, wanted in (("method", method), ("model", model), ("task", task), ("suite", suite)):
-        if wanted is not None:
-            known = [name for name in frame[column].unique() if name]
-            if wanted not in known:
-                raise UnknownNameError(f"{column} with results", wanted, known)
-            frame = frame.filter(pl.col(column) == wanted)
+    wanted = {"method": method, "model": model, "task": task, "suite": suite}
+    with open_store(db, create=False) as store:
+        for column, name in wanted.items():
+            if name is not None and name not in (known := store.names(column)):
+                raise UnknownNameError(f"{column} with results", name, known)
+        count = store.count(**wanted)
+    if last is None and not as_json and not failed:
+        last = _LAST
+    frame = api.results(db, catalog=get_catalog(), last=last or None, **wanted)
     bad = ~pl.col("status").is_in(["ok"])
     if failed:
         frame = frame.filter(bad)
@@ -125,10 +138,10 @@ def results(
             )
         )
     headers = ("run", "method", "model", "task", "seed", "metric", "value", "95 % interval", "note")
-    if not any(row[-1] for row in rows):
-        table(headers[:-1], [row[:-1] for row in rows], right=("value", "seed"))
-        return
-    table(headers, rows, right=("value", "seed"))
+    shown = len(headers) if any(row[-1] for row in rows) else len(headers) - 1
+    table(headers[:shown], [row[:shown] for row in rows], right=("value", "seed"))
+    if last and count > last:
+        click.echo(f"The newest {last} of {count:,} runs: --last 0 shows all.")
 
 
 @click.command()

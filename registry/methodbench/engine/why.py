@@ -201,21 +201,29 @@ def superseded(store: Store, cells: Sequence[Cell]) -> dict[str, Run]:
 
 
 def stale_runs(store: Store, catalog: Catalog) -> dict[str, str]:
-    """Return why each stale run is stale, by its id.
+    """Return why each stale run is stale, by its id; see :func:`stale_versions`."""
+    found: dict[str, str] = {}
+    for version, reason in stale_versions(store.versions(), catalog).items():
+        found |= dict.fromkeys(store.ids(version), reason)
+    return found
+
+
+def stale_versions(versions: Iterable[Version], catalog: Catalog) -> dict[Version, str]:
+    """Return why each stale version is stale.
 
     A run is stale when source, weights, data or protocol are other ones today. One whose method, model or task is
     not installed cannot be told to be stale, and neither can one whose source only a download could tell.
     """
     present = _Present(catalog)
-    found: dict[str, str] = {}
-    versions = store.versions()
+    found: dict[Version, str] = {}
+    versions = list(versions)
     present.ask_loaders({version.model for version in versions if version.weights_digest})
     for version in versions:
         fields = present.fields(version)
         # A record that does not say, or a present that cannot be told, makes nothing stale.
         changed = [name for name, then, now in fields if then and now is not None and then != now]
         if changed:
-            found |= dict.fromkeys(store.ids(version), _changes(changed))
+            found[version] = _changes(changed)
     return found
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from sqlalchemy import func
 from sqlalchemy import select as sa_select
 from sqlalchemy.engine import Engine
 from sqlmodel import Session, SQLModel, col, select
@@ -120,6 +121,13 @@ class Store:
                 self.known_environments.add(environment.digest)
         return run
 
+    def add_many(self, made: Iterable[Record], environments: Iterable[dict[str, Any]] = ()) -> None:
+        """Write records, and the environments that they need, in one transaction."""
+        with self.writing() as session:
+            self.put_environments(session, environments)
+            records.write(session.connection(), made)
+            session.commit()
+
     def put_environments(self, session: Session, rows: Iterable[dict[str, Any]]) -> None:
         """Insert the environments that are not there yet."""
         for row in rows:
@@ -133,6 +141,12 @@ class Store:
             said = run.started_at.isoformat(timespec="seconds")
             run.warnings = [*run.warnings, f"the clock was set back: it said {said} when this run began"]
             run.started_at = before.started_at + timedelta(microseconds=1)
+
+    def count(self, **wanted: str | None) -> int:
+        """Return how many runs there are with these values of columns."""
+        query = sa_select(func.count()).select_from(records.RUN).where(_OWN, *_conditions(wanted))
+        with translated(self.url), self.engine.connect() as connection:
+            return int(connection.execute(query).scalar_one())
 
     def latest(self, cell_keys: Iterable[str], session: Session | None = None) -> dict[str, Run]:
         """Return the newest finished run of each cell, an ``ok`` one before any other.
@@ -204,11 +218,35 @@ class Store:
         with translated(self.url), self.engine.connect() as connection:
             return [Version(*row) for row in connection.execute(query)]
 
+    def versions_of(self, run_ids: Iterable[str]) -> dict[str, Version]:
+        """Return the version of each of these runs, by its id."""
+        wanted = list(dict.fromkeys(run_ids))
+        found: dict[str, Version] = {}
+        with translated(self.url), self.engine.connect() as connection:
+            for start in range(0, len(wanted), 500):
+                query = sa_select(col(Run.id), *_VERSION).where(col(Run.id).in_(wanted[start : start + 500]))
+                found |= {identifier: Version(*row) for identifier, *row in connection.execute(query)}
+        return found
+
     def ids(self, version: Version) -> list[str]:
         """Return the ids of the runs of one version."""
         matches = [column == value for column, value in zip(_VERSION, version, strict=True)]
         with translated(self.url), self.engine.connect() as connection:
             return list(connection.execute(sa_select(col(Run.id)).where(_OWN, *matches)).scalars())
+
+    def counts(self) -> list[tuple[str, str, Version, int]]:
+        """Return how many runs there are of each suite, status and version."""
+        columns = (col(Run.suite), col(Run.status), *_VERSION)
+        query = sa_select(*columns, func.count()).where(_OWN).group_by(*columns)
+        with translated(self.url), self.engine.connect() as connection:
+            rows = connection.execute(query)
+            return [(suite, status, Version(*version), count) for suite, status, *version, count in rows]
+
+    def names(self, column: str) -> list[str]:
+        """Return the values of a column of the runs that are not empty, each once."""
+        query = sa_select(records.RUN.c[column]).where(_OWN).distinct()
+        with translated(self.url), self.engine.connect() as connection:
+            return sorted(filter(None, connection.execute(query).scalars()))
 
     def fingerprint(self, run_id: str) -> list[dict[str, Any]]:
         """Return the marks of a run, in the order of its computation; empty where it left none."""
@@ -248,8 +286,13 @@ class Store:
                 rows.extend(session.exec(query.order_by(table.run_id, table.name)))
             return rows
 
-    def frame(self) -> pl.DataFrame:
-        """Return one row per run and metric, as a Polars frame; a run without a metric has one row of nulls."""
+    def frame(self, last: int | None = None, **wanted: str | None) -> pl.DataFrame:
+        """Return one row per run and metric, as a Polars frame; a run without a metric has one row of nulls.
+
+        Args:
+            last: only so many of the newest runs; all by default.
+            wanted: values of columns of the runs; None for any.
+        """
         import polars as pl
 
         schema: dict[str, Any] = {
@@ -265,7 +308,10 @@ class Store:
         columns = [
             renamed.get(name) or getattr(Run, name, None) or getattr(MetricValue, name) for name in schema
         ]
-        query = sa_select(*columns).join(MetricValue, isouter=True).where(_OWN)
+        runs = sa_select(col(Run.id)).where(_OWN, *_conditions(wanted))
+        if last is not None:
+            runs = runs.order_by(col(Run.started_at).desc(), col(Run.id).desc()).limit(last)
+        query = sa_select(*columns).join(MetricValue, isouter=True).where(col(Run.id).in_(runs))
         query = query.order_by(col(Run.started_at), col(Run.id))
         with translated(self.url), self.engine.connect() as connection:
             rows = [tuple(row) for row in connection.execute(query)]
@@ -285,6 +331,10 @@ def open_store(url: str | None = None, *, create: bool = True) -> Store:
     """
     opened = open_engine(url, create=create)
     return Store(opened.engine, opened.where, read_only=opened.read_only)
+
+
+def _conditions(wanted: Mapping[str, str | None]) -> list[Any]:
+    return [records.RUN.c[name] == value for name, value in wanted.items() if value is not None]
 
 
 def _table(row: SQLModel) -> str:

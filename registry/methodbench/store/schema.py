@@ -36,7 +36,10 @@ class Run(SQLModel, table=True):
     """One attempt at one cell."""
 
     __tablename__ = "run"
-    __table_args__ = (Index("ix_run_cell_status", "cell_key", "status"),)
+    __table_args__ = (
+        Index("ix_run_cell_status", "cell_key", "status"),
+        Index("ix_run_started_at", "witness_of", "started_at", "id"),
+    )
 
     id: str = Field(primary_key=True)
     """Random, 12 hexadecimal digits."""

@@ -20,6 +20,7 @@ def upgrade() -> None:
     op.add_column("run", sa.Column("task_passed", json, nullable=True))
     op.add_column("run", sa.Column("witness_of", text, nullable=True))
     op.create_index("ix_run_witness_of", "run", ["witness_of"])
+    op.create_index("ix_run_started_at", "run", ["witness_of", "started_at", "id"])
     op.create_table(
         "fingerprint",
         sa.Column("run_id", text, sa.ForeignKey("run.id"), primary_key=True),
@@ -64,6 +65,7 @@ def downgrade() -> None:
     op.drop_index("ix_run_seal", "run")
     op.drop_table("witness")
     op.drop_table("fingerprint")
+    op.drop_index("ix_run_started_at", "run")
     op.drop_index("ix_run_witness_of", "run")
     with op.batch_alter_table("run") as batch:
         for column in ("wheel", "seal", "witness_of"):
