@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from methodbench.errors import NotApplicableError
+from methodbench.torchkit.packed import keeping_unrounded, packed_layers
 
 if TYPE_CHECKING:
     from torch import nn
@@ -37,12 +39,21 @@ class Chain:
     def compress(self, model: LoadedModel, data: Calibration, ctx: Context) -> LoadedModel:
         """Return what the last link returns; ``facts["links"]`` holds what each one left behind.
 
-        Compensating links find the untouched model in ``ctx.dense``.
+        Links find the untouched model in ``ctx.dense``, and compensating ones the weights before rounding in
+        :attr:`PackedLayer.unrounded <methodbench.torchkit.packed.PackedLayer>`.
 
         Raises:
             NotApplicableError: a link has replaced layers by something that the next one does not know.
         """
         ctx.dense = model
+        compensated = any(described["stage"] == "compensate" for described, _ in self.links)
+        with keeping_unrounded() if compensated else nullcontext():
+            result = self._apply(model, data, ctx)
+        for layer in packed_layers(result.module).values():
+            layer.unrounded = None
+        return result
+
+    def _apply(self, model: LoadedModel, data: Calibration, ctx: Context) -> LoadedModel:
         current = model
         steps: list[dict[str, Any]] = []
         for described, compressor in self.links:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -150,6 +151,8 @@ class PackedLayer(nn.Module):
         self.output_quantizer: nn.Module | None = None
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=self.dtype), False) if bias else None
         self._dense: Tensor | None = None
+        self.unrounded: Tensor | None = None
+        """The weight that was rounded, inside :func:`keeping_unrounded`: what a correction of its error aims at."""
 
     @classmethod
     def from_quantized(
@@ -502,7 +505,22 @@ def pack_linear(
     kind: Any = next(kind for kind in FORMATS.values() if isinstance(quantized, kind.stores))
     layer: PackedLayer = kind.from_quantized(quantized, bias=bias, dtype=linear.weight.dtype, **options)
     layer.input_quantizer = input_quantizer or getattr(linear, "input_quantizer", None)
+    if _keeping_unrounded.get():
+        layer.unrounded = linear.weight.detach()
     return layer.train(linear.training)
+
+
+_keeping_unrounded: ContextVar[bool] = ContextVar("keeping_unrounded", default=False)
+
+
+@contextmanager
+def keeping_unrounded() -> Iterator[None]:
+    """Let :func:`pack_linear` leave the weight that was rounded, scaled and clipped as it was, with its layer."""
+    token = _keeping_unrounded.set(True)
+    try:
+        yield
+    finally:
+        _keeping_unrounded.reset(token)
 
 
 def dense_linear(module: nn.Module, name: str) -> nn.Linear:

@@ -55,6 +55,8 @@ class LoRC(ActivationSettings):
     def compress(self, model: LoadedModel, data: Calibration, ctx: Context) -> LoadedModel:
         """Return ``model`` with packed layers that carry low-rank factors.
 
+        Behind another quantizer of a chain, what that has rounded is compensated and the base method is not used.
+
         Args:
             data: calibration inputs, which only the base ``gptq`` looks at.
 
@@ -62,13 +64,11 @@ class LoRC(ActivationSettings):
             NotApplicableError: a layer's width is no multiple of ``group_size``; no calibration inputs for gptq.
             DivergedError: weights or calibration activations are not finite.
         """
-        result = self._base().compress(model, data, ctx)
-        dense = model.clone()
-        unfuse_experts(dense.module)
+        result, unrounded = self._rounded(model, data, ctx)
         before = after = 0.0
         for name, layer in result.adapter.targets(result.module).items():
             assert isinstance(layer, PackedLayer)
-            error = weight_of(dense.module.get_submodule(name)) - layer.dequantize().float()
+            error = unrounded[name] - layer.dequantize().float()
             left, right = low_rank(error, self.rank)
             before += float(error.square().sum())
             if left.shape[1]:
@@ -78,6 +78,21 @@ class LoRC(ActivationSettings):
             after += float(error.square().sum())
         facts = {"error_before": before, "error_after": after, **self.quantize_activations(result)}
         return finished(result, facts)
+
+    def _rounded(
+        self, model: LoadedModel, data: Calibration, ctx: Context
+    ) -> tuple[LoadedModel, dict[str, Tensor]]:
+        """Return the quantized model, and the fp32 weights [out, in] that it was rounded from, by layer."""
+        layers = model.adapter.targets(model.module)
+        kept = {name: getattr(layer, "unrounded", None) for name, layer in layers.items()}
+        if layers and all(isinstance(weight, Tensor) for weight in kept.values()):
+            return model.clone(), {
+                name: weight.float() for name, weight in kept.items() if weight is not None
+            }
+        dense = model.clone()
+        unfuse_experts(dense.module)
+        weights = {name: weight_of(layer) for name, layer in dense.adapter.targets(dense.module).items()}
+        return self._base().compress(model, data, ctx), weights
 
     def _base(self) -> RTN | GPTQ:
         if self.base == "gptq":
