@@ -234,3 +234,46 @@ def test_a_closed_pipe_is_no_error() -> None:
     script = f"{sys.executable} -m methodbench.cli list --json | head -1"
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, env=dict(os.environ))
     assert "Traceback" not in done.stderr
+
+
+def test_claims_are_shown_with_verdicts_numbers_and_how_to_test_them(cli: Cli) -> None:
+    code, out, err = cli("claims")
+    assert code == 0
+    assert "No results yet" in err
+    assert "2 claims: 2 not attempted." in out
+    code, out, _ = cli("claims", "noop")
+    assert "a paper of toys, Table 1, measured by the authors" in out
+    assert "try: methodbench run --method noop@twice --method noop --task toy-value" in out
+    assert cli("run", "--method", "noop@twice", "--method", "noop", "--task", "toy-value")[0] == 0
+    code, out, _ = cli("claims", "noop")
+    assert code == 0
+    assert "reproduced  Twice the value is more than once." in out
+    assert "contradicted  Twice the value is less than once." in out
+    assert "2 claims: 1 reproduced, 1 contradicted." in out
+    code, out, _ = cli("claims", "noop", "--json")
+    (found,) = json.loads(out)
+    assert [claim["verdict"] for claim in found["claims"]] == ["reproduced", "contradicted"]
+    assert found["claims"][0]["conditions"][0]["units"] == 4
+    assert found["reported"][0]["values"][0]["value"] == 2.0
+    code, _, err = cli("claims", "scale")
+    assert (code, "scale has no claims" in err) == (2, True)
+    code, _, err = cli("claims", "nop")
+    assert (code, "Did you mean noop?" in err) == (2, True)
+
+
+def test_a_chain_runs_and_is_compared_with_its_links(cli: Cli) -> None:
+    where = ("--model", "toy-linear", "--task", "toy-mean")
+    chain = "zero-columns@two + round@coarse"
+    links = ("--method", "identity", "--method", "zero-columns@two", "--method", "round@coarse")
+    assert cli("run", "--method", chain, *links, *where)[0] == 0
+    code, out, _ = cli("compare", chain)
+    assert code == 0
+    header, row, *_ = out.splitlines()
+    assert [name in header for name in ("zero-columns", "round", "sum", "together", "excess")] == [True] * 5
+    assert row.startswith(("the sum", "more than the sum", "harmful"))
+    code, out, _ = cli("compare", chain, "identity", "--json")
+    assert json.loads(out)[0]["variant_a"] == "two + coarse"
+    code, _, err = cli("compare", "noop")
+    assert (code, "Give two methods, or one chain" in err) == (2, True)
+    code, _, err = cli("run", "--method", "round + zero-columns", *where)
+    assert (code, "zero-columns (prune) cannot follow round (quantize)" in err) == (2, True)
