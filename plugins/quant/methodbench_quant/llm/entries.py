@@ -234,7 +234,6 @@ QUAROT = Method(
     fidelity="authors-code",
     parity="spcl/QuaRot 5008669",
     vectors=("quant/quarot",),
-    stage="rotate",
     properties=("deterministic",),
     extra="quant",
 )
