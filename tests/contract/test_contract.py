@@ -15,7 +15,7 @@ from methodbench import hookspecs
 from methodbench.catalog import Catalog, load_catalog
 from methodbench.properties import PROPERTIES, PropertyError, parse
 from methodbench.testing import contract_checks, run_checks
-from methodbench.testing.contract import Result
+from methodbench.testing.checks import Result
 
 PLUGINS = Path(__file__).resolve().parents[1] / "plugins"
 
@@ -123,7 +123,7 @@ def test_settings_of_a_property_are_typed() -> None:
 
 def test_every_property_has_a_test_for_every_kind_that_it_names(faulty: Catalog) -> None:
     from methodbench.properties import ALWAYS
-    from methodbench.testing.contract import _of_kind
+    from methodbench.testing.checks import _of_kind
     from methodbench.testing.subject import Subject
 
     for kind in ("compressor", "optimizer", "explainer"):

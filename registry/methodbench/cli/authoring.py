@@ -15,7 +15,7 @@ from methodbench.cli.output import duration, echo_json, get_catalog, json_option
 from methodbench.kinds import KIND_NAMES
 
 if TYPE_CHECKING:
-    from methodbench.testing.contract import Result, Status
+    from methodbench.testing.checks import Result, Status
 
 _MARKS = {
     "passed": ("ok  ", "green"),
@@ -82,7 +82,7 @@ def check(
         catalog.method(name)
     try:
         from methodbench.testing import contract_checks, run_checks
-        from methodbench.testing.contract import Check  # noqa: F401
+        from methodbench.testing.checks import Check  # noqa: F401
     except ModuleNotFoundError as error:
         raise MissingExtraError("methodbench check", str(error.name), "methodbench[testing]") from error
     wanted = sorted(catalog.methods) if everything else list(dict.fromkeys(names))

@@ -15,19 +15,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from methodbench.catalog import Catalog
-    from methodbench.testing.contract import Check, Result
+    from methodbench.testing.checks import Check, Result
 
 
 def contract_checks(name: str, catalog: Catalog | None = None, *, run_parity: bool = False) -> list[Check]:
-    """Return the checks of the method called ``name``; see :func:`methodbench.testing.contract.contract_checks`."""
-    from methodbench.testing import contract as suite
+    """Return the checks of the method called ``name``; see :func:`methodbench.testing.checks.contract_checks`."""
+    from methodbench.testing import checks as suite
 
     return suite.contract_checks(name, catalog, run_parity=run_parity)
 
 
 def run_checks(checks: Iterable[Check], only: str = "") -> Iterator[Result]:
-    """Run checks and yield what came of each; see :func:`methodbench.testing.contract.run_checks`."""
-    from methodbench.testing import contract as suite
+    """Run checks and yield what came of each; see :func:`methodbench.testing.checks.run_checks`."""
+    from methodbench.testing import checks as suite
 
     return suite.run_checks(checks, only)
 

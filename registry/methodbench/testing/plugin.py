@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from methodbench.testing.contract import Check
+    from methodbench.testing.checks import Check
     from methodbench.testing.parity import Vectors
 
 
