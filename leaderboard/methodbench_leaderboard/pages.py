@@ -23,6 +23,7 @@ from methodbench.catalog import Catalog
 from methodbench.engine.why import stale_runs
 from methodbench.entries import FIDELITIES, Method, Task
 from methodbench.errors import MethodbenchError
+from methodbench.parity import records_of
 from methodbench.stats import DRAWS, SEED
 from methodbench.store import MetricValue, Store
 from methodbench_leaderboard import charts, downloads, formats, shards
@@ -459,6 +460,7 @@ class _Site:
             commands=commands[:12],
             more_commands=max(0, len(commands) - 12),
             install=f"pip install '{distribution}{extra}'" if distribution else "",
+            parity=records_of(entry, self.catalog) if entry else [],
         )
 
     def _run_pages(self, on_boards: Mapping[str, str]) -> None:
