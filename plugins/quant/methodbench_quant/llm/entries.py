@@ -606,7 +606,7 @@ AGILE_QUANT = Method(
         "w4a8g64-low20": {"group_size": 64, "low": 0.2},
         "w4a8g64-log2": {"group_size": 64, "softmax_grid": "log2"},
     },
-    claims="agile_quant.toml",
+    claims="agile-quant.toml",
     fidelity="authors-code",
     parity="shawnricecake/agile-quant dd8f36d: quantizers, token scores and sets",
     vectors=("quant/agile_quant",),
@@ -631,7 +631,7 @@ OUTLIER_METRICS = Method(
         code="an-yongqi/systematic-outliers",
     ),
     needs=("calibration",),
-    claims="outlier_metrics.toml",
+    claims="outlier-metrics.toml",
     fidelity="authors-code",
     parity=(
         "an-yongqi/systematic-outliers 5559abe, dmis-lab/Outlier-Safe-Pre-Training 4c2c367; "
