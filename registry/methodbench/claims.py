@@ -570,6 +570,8 @@ def commands_for(catalog: Catalog, claim: Claim) -> list[str]:
             not claim.metric
             or claim.metric in RECORD_FIELDS
             or claim.metric.startswith("facts.")
+            # What a probe measures, it names itself.
+            or task.kinds == ("probe",)
             or any(metric.name == claim.metric for metric in task.metrics)
         )
         if not measured or not any(fnmatchcase(task.name, pattern) for pattern in claim.tasks):
