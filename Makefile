@@ -6,7 +6,7 @@ RUN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST_FLAGS ?=
 
-.PHONY: demo test lint format bench site clean
+.PHONY: demo test lint docs format bench site clean
 
 demo: $(STAMP)
 	$(RUN)/methodbench demo
@@ -18,6 +18,10 @@ lint: $(STAMP)
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy
+
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build --strict --quiet
+	@echo "Open build/docs/index.html"
 
 format: $(STAMP)
 	$(RUN)/ruff check --fix .
@@ -36,6 +40,6 @@ clean:
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN)/python -m pip install --quiet --disable-pip-version-check uv \
-	  && $(RUN)/uv pip install --quiet --python $(RUN)/python --constraints constraints.txt --editable '.[all,dev]' \
-	  || $(RUN)/python -m pip install --quiet --constraint constraints.txt --editable '.[all,dev]'
+	  && $(RUN)/uv pip install --quiet --python $(RUN)/python --constraints constraints.txt --editable '.[all,dev,docs]' \
+	  || $(RUN)/python -m pip install --quiet --constraint constraints.txt --editable '.[all,dev,docs]'
 	touch $@

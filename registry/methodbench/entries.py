@@ -58,10 +58,15 @@ class Paper:
     """Where a method was published."""
 
     title: str
+    """Title as printed."""
     arxiv: str = ""
+    """Number on arXiv, for example ``2306.00978``."""
     venue: str = ""
+    """Conference or journal."""
     year: int | None = None
+    """Year of publication."""
     authors: str = ""
+    """Authors, joined by ``and`` as in BibTeX."""
     code: str = ""
     """``owner/name`` of the authors' repository, or empty."""
 
@@ -92,11 +97,17 @@ class Metric:
     """
 
     name: str
+    """Unique within the task."""
     direction: Direction
+    """``lower`` or ``higher``: which is better."""
     unit: str = ""
+    """Unit of the value, for example ``nats``; empty where there is none."""
     title: str = ""
+    """What the board calls it; the name by default."""
     aggregate: Aggregate = "mean"
+    """``mean``, ``exp-mean``, ``median`` or ``single``."""
     primary: bool = False
+    """True for the one metric that the task ranks by."""
 
     def __post_init__(self) -> None:
         _check_name("metric", self.name)
@@ -129,22 +140,27 @@ class Method:
     """A published technique, or a baseline."""
 
     name: str
+    """Unique among all plugins."""
     kind: str
     """One of :data:`methodbench.kinds.KIND_NAMES`."""
     family: str
     """The board that the method appears on; see :class:`Family`."""
     impl: str
+    """``"package.module:Class"`` of an implementation of its kind; see :mod:`methodbench.protocols`."""
     summary: str
     """What it does, in one sentence."""
     applies_to: tuple[str, ...] = ()
     """Kinds of models, ``("*",)`` for every one; empty where the task brings its own model (optimizers)."""
     paper: Paper | None = None
+    """Where it was published; None for what has no paper."""
     needs: tuple[str, ...] = ()
     """What it asks of the engine, for example ``"calibration"`` or ``"closure"``."""
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Named settings: hyperparameters by the name of the preset."""
     claims: str = ""
     """File name of the paper's numbers, beside the plugin in ``claims/``."""
     fidelity: Fidelity = "paper"
+    """One of :data:`FIDELITIES`: what it was checked against."""
     parity: str = ""
     """What it was compared with: repository and commit of the code that made the vectors."""
     vectors: tuple[str, ...] = ()
@@ -160,6 +176,7 @@ class Method:
     extra: str = ""
     """The optional dependency that it needs."""
     resources: Resources = Resources()
+    """What one cell takes of a machine on account of the method."""
     stage: str = ""
     """Of a compressor, one of :data:`STAGES`: where it stands in a chain; empty when it cannot be chained."""
     links: tuple[Method, ...] = ()
@@ -197,6 +214,7 @@ class Model:
     """A trained model: where its weights come from, and what loads them."""
 
     name: str
+    """Unique among all plugins; a qualified name (``scheme:name``) where a plugin describes it on demand."""
     kind: str
     """What it is to a method: ``causal-lm``, ``vit``, ``cnn``, ``sentence-encoder`` ..."""
     source: str
@@ -204,14 +222,17 @@ class Model:
     loader: str
     """``"package.module:Class"`` of a :class:`methodbench.protocols.ModelLoader`."""
     summary: str
+    """What it is, in one sentence."""
     sha256: str = ""
     """Digest of the file at ``source``, checked after every fetch."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of the loader; part of the model's identity."""
     licence: str = ""
+    """Licence of the weights."""
     notes: str = ""
     """What a reader must know before trusting numbers on it."""
     extra: str = ""
+    """The optional dependency that it needs."""
 
     def __post_init__(self) -> None:
         _check_name("model", self.name, _QUALIFIED_NAME)
@@ -225,11 +246,15 @@ class Task:
     """A protocol: data, procedure and metrics, under a version."""
 
     name: str
+    """Unique among all plugins; a qualified name (``scheme:name``) where a plugin describes it on demand."""
     kinds: tuple[str, ...]
     """Kinds of methods that it evaluates."""
     impl: str
+    """``"package.module:Class"`` of a task; see :mod:`methodbench.protocols`."""
     summary: str
+    """What it measures, on what, in one sentence."""
     metrics: tuple[Metric, ...]
+    """What it reports; exactly one is primary."""
     protocol: int
     """Version of the procedure; records of another version are never compared with it."""
     accepts: tuple[str, ...] = ()
@@ -244,7 +269,9 @@ class Task:
     moves a perplexity by several per cent). A machine with more cores runs more cells side by side; a suite may ask
     for another count, which makes other cells."""
     extra: str = ""
+    """The optional dependency that it needs."""
     resources: Resources = Resources()
+    """What one cell takes of a machine on account of the task."""
 
     def __post_init__(self) -> None:
         _check_name("task", self.name, _QUALIFIED_NAME)
@@ -267,8 +294,11 @@ class Family:
     """A board: methods that a reader would choose between."""
 
     name: str
+    """What methods give as their ``family``."""
     title: str
+    """Heading of the board."""
     summary: str
+    """What the board is about, in one sentence."""
 
     def __post_init__(self) -> None:
         _check_name("family", self.name)
@@ -279,10 +309,13 @@ class SuiteFile:
     """A comparison that a plugin ships: a YAML or TOML file inside its package."""
 
     name: str
+    """What ``methodbench run`` calls it."""
     package: str
+    """Import package that holds the file."""
     path: str
     """File inside ``package``, with forward slashes."""
     summary: str
+    """What it compares, in one sentence."""
     role: Literal["", "demo", "demo-quick"] = ""
     """``methodbench demo`` runs every suite of role ``demo``, ``demo --quick`` every one of role ``demo-quick``."""
 

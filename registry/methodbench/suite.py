@@ -89,10 +89,10 @@ class TaskUse(Strict):
 class Pattern(Strict):
     """Matches cells by shell-style patterns; a field that is left out matches everything."""
 
-    method: str = "*"
-    variant: str = "*"
-    model: str = "*"
-    task: str = "*"
+    method: str = Field(default="*", description="name of the method")
+    variant: str = Field(default="*", description="label of its settings, as `plan` shows it")
+    model: str = Field(default="*", description="name of the model")
+    task: str = Field(default="*", description="name of the task")
 
     def matches(self, method: str, variant: str, model: str, task: str) -> bool:
         """Return whether all four fields match."""

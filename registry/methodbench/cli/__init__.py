@@ -1,8 +1,4 @@
-"""The command line. Commands are imported when they are called, so that ``--help`` costs next to nothing.
-
-Exit codes: 0 done; 1 done, but something failed or was left out; 2 a mistake that the message explains; 130 stopped
-with Ctrl-C.
-"""
+"""The command line. Commands are imported when they are called, so that ``--help`` costs next to nothing."""
 
 from __future__ import annotations
 
@@ -41,6 +37,15 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
 }
 
 
+#: What the command line ends with.
+EXIT_CODES: Mapping[int, str] = {
+    0: "done",
+    1: "done, but something failed or was left out",
+    2: "a mistake that the message explains",
+    130: "stopped with Ctrl-C",
+}
+
+
 class LazyGroup(click.Group):
     """A group that imports a command's module when the command is called."""
 
@@ -71,7 +76,7 @@ class LazyGroup(click.Group):
 @click.group(
     cls=LazyGroup,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    epilog="Exit codes: 0 done; 1 something failed or was left out; 2 a mistake; 130 stopped with Ctrl-C.",
+    epilog="Exit codes: " + "; ".join(f"{code} {meaning}" for code, meaning in EXIT_CODES.items()) + ".",
 )
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
 @click.option("--no-plugin", "without", multiple=True, metavar="NAME", help="Leave out a plugin; repeatable.")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from methodbench.cli.output import db_option, size
+from methodbench.variables import VARIABLES
 
 if TYPE_CHECKING:
     from methodbench.catalog import Catalog
@@ -65,12 +66,14 @@ def doctor(repair: bool, db: str | None) -> int:
     except OSError as error:
         say(False, f"cache {cache}: {error.strerror}")
         wrong += 1
-    for variable, what in (("METHODBENCH_DATA", "data sets"), ("METHODBENCH_MODELS", "weights")):
+    for variable in VARIABLES:
         value = os.environ.get(variable)
-        say(
-            True if value else None,
-            f"{variable}={value}" if value else f"{variable} is not set: no local {what}",
-        )
+        # The address of a database server may hold a password.
+        if value and "://" not in value:
+            say(True, f"{variable}={value}")
+    for variable, what in (("METHODBENCH_DATA", "data sets"), ("METHODBENCH_MODELS", "weights")):
+        if not os.environ.get(variable):
+            say(None, f"{variable} is not set: no local {what}")
     if sources.is_offline():
         say(None, "offline: nothing will be fetched")
     wrong += _check_database(db, repair, say)

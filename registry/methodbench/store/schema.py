@@ -53,6 +53,7 @@ class Run(SQLModel, table=True):
     """Why the status is not ``ok``, in one sentence."""
 
     method: str = Field(index=True)
+    """Name of the method, or of a chain of compressors."""
     kind: str
     """Kind of the method."""
     family: str = Field(index=True)
@@ -69,8 +70,10 @@ class Run(SQLModel, table=True):
     model: str = Field(default="", index=True)
     """Empty where the task brings its own."""
     model_kind: str = ""
+    """Kind of the model: ``causal-lm``, ``vit``, ``cnn`` ...; empty without a model."""
 
     task: str = Field(index=True)
+    """Name of the task."""
     task_params: dict[str, Any] = Field(sa_column=Column(JSON, nullable=False))
     """Settings of the protocol with every default filled in."""
     task_passed: dict[str, Any] | None = Field(default=None, sa_column=Column(JSON(none_as_null=True)))
@@ -79,9 +82,13 @@ class Run(SQLModel, table=True):
     """Version of the task's procedure."""
 
     seed: int = 0
+    """Seed that every random number of the cell is drawn under."""
     dtype: str = "float32"
+    """Floating-point type of models and tensors."""
     device: str = "cpu"
+    """``cpu``, ``cuda`` or ``cuda:N``."""
     threads: int = 1
+    """CPU threads that the cell computed with."""
 
     method_digest: str = ""
     """sha256 over the source files of the method."""
@@ -90,7 +97,9 @@ class Run(SQLModel, table=True):
     data_digest: str = ""
     """Identity of the task's data source."""
     environment_digest: str = Field(default="", foreign_key="environment.digest")
+    """Digest of the environment that the run was made in; see :class:`Environment`."""
     methodbench_version: str = ""
+    """Version of methodbench that made the run."""
 
     suite: str = ""
     """Suite that made the run."""
@@ -99,6 +108,7 @@ class Run(SQLModel, table=True):
     started_at: datetime
     """UTC."""
     wall_seconds: float = 0.0
+    """Seconds of wall-clock time that the cell took."""
     phases: dict[str, Any] = Field(default_factory=dict, sa_column=Column(JSON, nullable=False))
     """Wall-clock seconds by phase: load, calibrate, compress, evaluate ..."""
     peak_memory_bytes: int | None = None
@@ -113,11 +123,14 @@ class Run(SQLModel, table=True):
     accounted_bits: float | None = None
     """Bits per weight that a simulated format would take."""
     throughput: float | None = None
+    """Units per second of the evaluation; None where the task does not time it."""
     throughput_unit: str = ""
+    """What ``throughput`` counts, for example ``tokens/s``."""
 
     facts: dict[str, Any] = Field(default_factory=dict, sa_column=Column(JSON, nullable=False))
     """What protocol and method came to: token counts, digests, layers touched."""
     warnings: list[str] = Field(default_factory=list, sa_column=Column(JSON, nullable=False))
+    """What a reader of the result should know; shown on the run's page."""
     log_tail: str = ""
     """Last 8,000 characters of the worker's output."""
     witness_of: str | None = Field(default=None, index=True)
@@ -136,18 +149,25 @@ class MetricValue(SQLModel, table=True):
     __tablename__ = "metric"
 
     run_id: str = Field(primary_key=True, foreign_key="run.id")
+    """Run that it belongs to."""
     name: str = Field(primary_key=True)
+    """Name of the metric."""
     title: str = ""
+    """What the board calls it; empty where the name will do."""
     unit: str = ""
+    """Unit of ``value``, ``low`` and ``high``; empty where there is none."""
     direction: str = "lower"
     """``lower`` or ``higher``: which is better."""
     aggregate: str = "mean"
+    """How ``value`` follows from the scores: ``mean``, ``exp-mean`` (exponential of the mean), ``median``, ``single``."""
     primary: bool = False
+    """True for the metric that the task ranks by."""
     value: float | None = None
     """None when the score is not a number."""
     low: float | None = None
     """Lower end of the 95 % bootstrap interval; None for a single score."""
     high: float | None = None
+    """Upper end of the same interval."""
     units: int = 1
     """How many per-unit scores there are."""
     scores: bytes = Field(default=b"", sa_column=Column(LargeBinary, nullable=False))
@@ -164,7 +184,9 @@ class Series(SQLModel, table=True):
     __tablename__ = "series"
 
     run_id: str = Field(primary_key=True, foreign_key="run.id")
+    """Run that it belongs to."""
     name: str = Field(primary_key=True)
+    """Name of the curve."""
     values: bytes = Field(default=b"", sa_column=Column(LargeBinary, nullable=False))
     """Little-endian float64."""
 
@@ -179,6 +201,7 @@ class Fingerprint(SQLModel, table=True):
     __tablename__ = "fingerprint"
 
     run_id: str = Field(primary_key=True, foreign_key="run.id")
+    """Run that it belongs to."""
     marks: list[dict[str, Any]] = Field(sa_column=Column(JSON, nullable=False))
     """In the order of the computation; see :class:`methodbench.torchkit.fingerprints.Mark`."""
 
@@ -212,9 +235,11 @@ class Driver(SQLModel, table=True):
     id: str = Field(primary_key=True)
     """Random, 12 hexadecimal digits."""
     host: str
+    """Name of the machine."""
     place: str
     """What makes ``pid`` unique: machine, boot and process namespace."""
     pid: int = Field(sa_type=BigInteger)
+    """Process id."""
     process_started: float
     """Start of the process as the system tells it; another process with the same pid has another."""
     started_at: datetime
@@ -229,6 +254,8 @@ class Claim(SQLModel, table=True):
     __tablename__ = "claim"
 
     cell_key: str = Field(primary_key=True)
+    """Identity of the cell."""
     driver_id: str = Field(foreign_key="driver.id", index=True)
+    """Driver that has taken it."""
     claimed_at: datetime
     """UTC."""
