@@ -15,9 +15,9 @@ VARIABLES: Mapping[str, str] = {
         "folder by default."
     ),
     "METHODBENCH_DATA": "Folders with data sets, separated as in `PATH`; `{data}` in a `file:` source stands for them.",
-    "METHODBENCH_MODELS": "Folders with weights, separated as in `PATH`; `{models}` in a `file:` source stands for them.",
+    "METHODBENCH_MODELS": "Folders with weights, as above; `{models}` in a `file:` source stands for them.",
     "METHODBENCH_OFFLINE": "Forbids every download when it is set, except to `0`, `false`, `no` or `off`.",
     "METHODBENCH_NO_PLUGIN": "Names of plugins to leave out, separated by commas; as `--no-plugin`.",
     "METHODBENCH_IMPORT_BUDGET": "CPU seconds that the import of a plugin's module may take; 0.5 by default.",
-    "METHODBENCH_VECTORS": "Folder of parity vectors for the tests; `tests/vectors` below the current folder by default.",
+    "METHODBENCH_VECTORS": "Folder of parity vectors for tests; `tests/vectors` in the current folder by default.",
 }

@@ -159,7 +159,7 @@ class MetricValue(SQLModel, table=True):
     direction: str = "lower"
     """``lower`` or ``higher``: which is better."""
     aggregate: str = "mean"
-    """How ``value`` follows from the scores: ``mean``, ``exp-mean`` (exponential of the mean), ``median``, ``single``."""
+    """How ``value`` follows from the scores: ``mean``, ``exp-mean`` (exponential of it), ``median``, ``single``."""
     primary: bool = False
     """True for the metric that the task ranks by."""
     value: float | None = None
