@@ -20,7 +20,7 @@ lint: $(STAMP)
 	$(RUN)/mypy
 
 docs: $(STAMP)
-	NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build --strict
 	@echo "Open build/docs/index.html"
 
 format: $(STAMP)
