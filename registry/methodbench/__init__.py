@@ -4,7 +4,7 @@ The verbs of the command line are functions here::
 
     import methodbench
 
-    methodbench.run("demo-quick")          # a shipped suite, or a path of a suite file
+    methodbench.run("demo-quick-optim")    # a shipped suite, or a path of a suite file
     methodbench.results()                  # every record, as a Polars frame
     methodbench.compare("awq", "rtn")      # paired difference on the cells that both share
 """
