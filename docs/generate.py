@@ -25,7 +25,7 @@ from methodbench.provenance import module_file
 from methodbench.sources import FORMS
 from methodbench.variables import VARIABLES
 
-_ROLE = re.compile(r":(?:class|func|meth|data|mod|attr):`~?(?:[\w.]+\.)?(\w+)`")
+_ROLE = re.compile(r":(?:class|func|meth|data|mod|attr):`~?(?:[\w.]+?\.)??((?:[A-Z]\w*\.)?\w+)`")
 #: A bar that would end a cell of a table; within code it does not.
 _BAR = re.compile(r"\|(?=(?:[^`]*`[^`]*`)*[^`]*$)")
 
