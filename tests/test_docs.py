@@ -60,13 +60,20 @@ def test_every_command_in_the_documentation_parses(words: list[str]) -> None:
     import click
 
     command: click.Command = cli
-    context = click.Context(cli)
-    arguments = words[1 : next((at for at, word in enumerate(words) if word in (">", "|", "||")), None)]
+    path, arguments = (
+        words[0],
+        words[1 : next((at for at, word in enumerate(words) if word in (">", "|", "||")), None)],
+    )
     while isinstance(command, click.Group):
-        found = command.get_command(context, arguments[0])
-        assert found is not None, f"no command {arguments[0]}"
-        command, arguments = found, arguments[1:]
-    command.make_context(words[1], arguments)
+        context = command.make_context(path, list(arguments), resilient_parsing=True)
+        rest = [*context._protected_args, *context.args]
+        if not rest:
+            assert arguments == ["--version"], f"{path} {arguments} names no command"
+            return
+        found = command.get_command(context, rest[0])
+        assert found is not None, f"no command {rest[0]}"
+        command, path, arguments = found, rest[0], rest[1:]
+    command.make_context(path, list(arguments))
 
 
 def test_every_command_is_mentioned_in_the_readme() -> None:
