@@ -261,12 +261,13 @@ def installed() -> Iterator[str]:
     )
     yield from ("## Tasks", "")
     yield from table(
-        ("task", "evaluates", "accepts", "metrics", "summary"),
+        ("task", "evaluates", "accepts", "data", "metrics", "summary"),
         (
             (
                 f"`{task.name}`",
                 ", ".join(task.kinds),
                 ", ".join(task.accepts) or "brings its own",
+                f"`{task.data}`" if task.data else "its own",
                 ", ".join(
                     f"`{metric.name}` {'↓' if metric.direction == 'lower' else '↑'} {metric.unit}".strip()
                     for metric in task.metrics
