@@ -267,7 +267,7 @@ def installed() -> Iterator[str]:
                 f"`{task.name}`",
                 ", ".join(task.kinds),
                 ", ".join(task.accepts) or "brings its own",
-                f"`{task.data}`" if task.data else "its own",
+                f"`{task.data}`" if task.data else "",
                 ", ".join(
                     f"`{metric.name}` {'↓' if metric.direction == 'lower' else '↑'} {metric.unit}".strip()
                     for metric in task.metrics
