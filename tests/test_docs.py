@@ -1,8 +1,8 @@
 """The documentation tells the truth: its commands exist, its examples run as written, its reference is complete.
 
-In ``docs/``, every block of ``sh`` is run, with the files that titled blocks of the same page hold; a block of ``text``
-behind it is what it prints, where ``...`` stands for anything. What cannot be run here (another machine, a GPU) stands
-in blocks of ``console``, whose commands must parse.
+In ``docs/``, every block of ``sh`` or ``python`` is run, with the files that titled blocks of the page hold; a block
+of ``text`` behind it is what it prints, where ``...`` stands for anything. What cannot be run here (another machine, a
+GPU) stands in blocks of ``console``, whose commands must parse.
 """
 
 from __future__ import annotations
@@ -156,7 +156,10 @@ def test_every_field_of_a_suite_is_described() -> None:
 
 
 def runnable() -> list[str]:
-    return sorted(name for name, text in PAGES.items() if blocks(text, "sh"))
+    def runs(text: str) -> bool:
+        return any(language in ("sh", "python") and not title for language, title, _ in BLOCK.findall(text))
+
+    return sorted(name for name, text in PAGES.items() if runs(text))
 
 
 @pytest.mark.slow
