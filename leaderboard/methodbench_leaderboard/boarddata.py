@@ -58,10 +58,7 @@ def write_table(
     """
     kept, scores = _kept(table), []
     rows = [_row(row, costs.get(row.key), method_path) for row in table.rows]
-    questions = [
-        _question(question) | {"kept": question.key in kept, "primary": question.metric is not None}
-        for question in table.questions
-    ]
+    questions = [_question(question) | {"kept": question.key in kept} for question in table.questions]
     cells, at = [], 0
     for number, row in enumerate(table.rows):
         for column, question in enumerate(table.questions):
@@ -183,7 +180,11 @@ def _cell(cell: Cell, run_path: Callable[[str], str]) -> dict[str, Any]:
     if primary is not None:
         said |= {"value": primary.value, "low": primary.low, "high": primary.high}
         others = {
-            estimate.metric.label: {"value": estimate.value, "lower": estimate.metric.lower_is_better}
+            shorten(name, 60): {
+                "label": shorten(estimate.metric.label, 60),
+                "value": estimate.value,
+                "lower": estimate.metric.lower_is_better,
+            }
             for name, estimate in cell.estimates.items()
             if name != primary.metric.name
         }
