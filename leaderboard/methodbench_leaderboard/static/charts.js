@@ -116,13 +116,17 @@
         : drawing("circle", { ...shared, cx: point.x, cy: point.y, r: 4.5 }, drawing("title", {}, words(point)));
       svg.append(drawing("a", { href: point.path, "aria-label": words(point) }, mark));
     }
-    placeLabels(svg, order.reverse(), box);
+    const lines = front.slice(1).flatMap((point, n) => [
+      [front[n].x, front[n].y - 1, point.x, front[n].y + 1],
+      [point.x - 1, Math.min(front[n].y, point.y), point.x + 1, Math.max(front[n].y, point.y)],
+    ]);
+    placeLabels(svg, order.reverse(), box, lines);
     return svg;
   }
 
-  // Labels where they cover neither a point nor one another.
-  function placeLabels(svg, points, box) {
-    const taken = points.map(({ x, y }) => [x - 5, y - 5, x + 5, y + 5]);
+  // Labels where they cover neither a point, a line nor one another.
+  function placeLabels(svg, points, box, lines) {
+    const taken = [...points.map(({ x, y }) => [x - 5, y - 5, x + 5, y + 5]), ...lines];
     const meets = (a, b) => a[0] < b[2] && b[0] < a[2] && a[1] < b[3] && b[1] < a[3];
     points.forEach((point, n) => {
       const label = point.label.length > 32 ? point.label.slice(0, 31) + "…" : point.label;

@@ -145,19 +145,26 @@
     block.append(button);
   }
 
-  // Where the clipboard is out of reach, the element with the text is selected instead.
+  // Where the clipboard is out of reach, the element with the text, or one made for it, is selected and copied.
   async function copy(words, shown) {
     try {
       await navigator.clipboard.writeText(words);
       return true;
     } catch (error) {
-      if (!shown) return false;
+      const made = shown ? null : document.createElement("pre");
+      if (made) {
+        made.className = "hidden";
+        made.textContent = words;
+        document.body.append(made);
+      }
       const range = document.createRange();
-      range.selectNodeContents(shown);
+      range.selectNodeContents(shown || made);
       const selection = getSelection();
       selection.removeAllRanges();
       selection.addRange(range);
-      return document.execCommand("copy");
+      const done = document.execCommand("copy");
+      if (made) made.remove();
+      return done;
     }
   }
 
