@@ -193,7 +193,7 @@ def test_tables_say_what_they_are_and_how_they_are_sorted(read):
 def test_drawings_are_described(read):
     for path, page in read.items():
         text = page.path.read_text(encoding="utf-8")
-        for drawing in re.findall(r"<svg[^>]*role=\"img\".*?</svg>", text, re.DOTALL):
+        for drawing in re.findall(r"<svg[^>]*role=\"(?:img|group)\".*?</svg>", text, re.DOTALL):
             assert "<title" in drawing, path
             if 'class="chart' in drawing:
                 assert "<desc" in drawing, path

@@ -66,10 +66,10 @@
 
   let made = 0;
 
-  // An empty chart with axes; box is where points go.
-  function frame(box, x, y, labels, title, description) {
+  // An empty chart with axes; box is where points go. A chart with links is a group, which holds them, not a picture.
+  function frame(role, box, x, y, labels, title, description) {
     const name = "drawn-" + (++made), height = box.bottom + 46, width = box.right + 16;
-    const svg = drawing("svg", { class: "chart", viewBox: "0 0 " + width + " " + height, role: "img", "aria-labelledby": name + "-t " + name + "-d" },
+    const svg = drawing("svg", { class: "chart", viewBox: "0 0 " + width + " " + height, role, "aria-labelledby": name + "-t " + name + "-d" },
       drawing("title", { id: name + "-t" }, title), drawing("desc", { id: name + "-d" }, description));
     for (const value of y.ticks(5)) {
       svg.append(drawing("line", { class: "grid", x1: box.left, x2: box.right, y1: y(value), y2: y(value) }),
@@ -101,7 +101,7 @@
       point.on = joined && best[n];
     });
     const words = (point) => point.label + ": " + number(point.quality) + " at " + number(point.cost) + (point.simulated ? " (simulated)" : "");
-    const svg = frame(box, x, y, labels, labels.y + " against " + labels.x,
+    const svg = frame("group", box, x, y, labels, labels.y + " against " + labels.x,
       "The better end of the vertical axis is at the top. " + drawn.map(words).join(". ") + ".");
     const front = drawn.filter((point) => point.on).sort((a, b) => a.x - b.x || a.y - b.y);
     if (front.length > 1) {
@@ -150,7 +150,7 @@
     if (units.length < 2) return null;
     const box = { left: 56, right: 344, top: 26, bottom: 314 }, all = units.flatMap(([x, y]) => [x, y]);
     const x = makeScale(all, box.left, box.right, 12), y = makeScale(all, box.bottom, box.top, 12);
-    const svg = frame(box, x, y, labels, labels.y + " against " + labels.x + ", unit by unit",
+    const svg = frame("img", box, x, y, labels, labels.y + " against " + labels.x + ", unit by unit",
       units.length + " units; on the dashed line both score the same.");
     svg.append(drawing("line", { class: "ref", x1: box.left, y1: box.bottom, x2: box.right, y2: box.top }));
     // Equal pairs are one mark, the larger the more there are.

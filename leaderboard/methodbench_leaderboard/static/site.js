@@ -182,12 +182,12 @@
   // A board filters by more, and ranks again what is left.
   if (input && !document.querySelector("table.board")) makeFilter(input);
   document.querySelectorAll("pre.copy").forEach(makeCopyable);
-  for (const box of document.querySelectorAll(".scroll")) {
+  for (const box of document.querySelectorAll(".scroll, .text, .facts dd")) {
     const mark = () => box.classList.toggle("scrolled", box.scrollLeft > 2);
     box.addEventListener("scroll", mark, { passive: true });
     // What scrolls must be reachable by keyboard, and only that.
     const reach = () => {
-      if (box.scrollWidth > box.clientWidth) box.tabIndex = 0;
+      if (box.scrollWidth > box.clientWidth || box.scrollHeight > box.clientHeight) box.tabIndex = 0;
       else box.removeAttribute("tabindex");
     };
     reach();
