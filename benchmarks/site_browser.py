@@ -48,6 +48,9 @@ def main() -> int:
 
     given = parser(__doc__ or "").parse_args()
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        print("no Chromium on this machine: nothing is measured")
+        return 0
     paints, ranks, first, later = [], [], [], []
     with tempfile.TemporaryDirectory() as scratch, sync_playwright() as playwright:
         database, out = Path(scratch) / "results.db", Path(scratch) / "site"

@@ -33,6 +33,15 @@ def test_no_page_overflows_complains_or_runs_what_records_say(open_page, site, t
         page.close()
 
 
+def test_every_page_opens_from_files_without_a_complaint(open_page, site):
+    page = open_page("index.html")
+    paths = sorted(site.rglob("*.html"))
+    assert len(paths) > 60
+    for path in paths:
+        page.goto(path.as_uri())
+        assert page.title().endswith("methodbench")
+
+
 def test_pages_are_dark_where_the_reader_wants_it(open_page):
     light = open_page("index.html").evaluate("getComputedStyle(document.body).backgroundColor")
     dark = open_page("index.html", scheme="dark").evaluate("getComputedStyle(document.body).backgroundColor")

@@ -14,18 +14,20 @@
 
   const sections = Array.from(document.querySelectorAll("section.table"), (node) => {
     const table = node.querySelector("table.board"), head = table.tHead.rows[table.tHead.rows.length - 1];
-    const rows = new Map();
+    // A configuration may also be in tables of every metric; its line is the one on the board itself.
+    const rows = new Map(), lines = new Map();
     for (const row of node.querySelectorAll("tr[data-row]")) {
       if (!rows.has(row.dataset.row)) rows.set(row.dataset.row, []);
       rows.get(row.dataset.row).push(row);
+      if (row.closest("table") === table) lines.set(row.dataset.row, row);
     }
     const columns = Array.from(head.cells, (cell, at) => ({
       at, cell, kind: cell.dataset.column || "", question: "question" in cell.dataset ? Number(cell.dataset.question) : -1,
     }));
     return {
-      node, table, rows, columns, tasks: table.dataset.tasks.trim().split(" "), compact: table.classList.contains("compact"),
+      node, table, rows, lines, columns, tasks: table.dataset.tasks.trim().split(" "), compact: table.classList.contains("compact"),
       figures: Array.from(node.querySelectorAll("figure[data-pareto]")),
-      originals: new Map(), drawn: new Map(), filtered: false,
+      originals: new Map(), drawn: new Map(),
       order: columns.map((column) => column.cell.getAttribute("aria-sort")),
     };
   });
@@ -187,7 +189,7 @@
   function writeRanks(section, data, question, found) {
     const column = section.columns.find((each) => each.question === question && each.kind === (section.compact ? "value" : "rank"));
     data.rows.forEach((row, place) => {
-      const line = boardRow(section, row.id), cell = line && line.cells[column.at];
+      const line = section.lines.get(row.id), cell = line && line.cells[column.at];
       if (!cell || row.baseline) return;
       const ranked = found && found.get(place);
       const target = section.compact ? cell.querySelector("b") : cell;
@@ -201,10 +203,6 @@
         : found ? "not ranked here" : "too many scores to rank them here";
       if (!section.compact) target.dataset.sort = ranked ? ranked.rank[0] : "";
     });
-  }
-
-  function boardRow(section, id) {
-    return (section.rows.get(id) || []).find((row) => row.closest("table") === section.table);
   }
 
   function restoreRanks(section) {
@@ -307,6 +305,16 @@
         }
         const visible = new Set(data ? data.rows.filter((row) => suits(row, wanted)).map((row) => row.id) : []);
         if (restricted) {
+          const ranks = [];
+          for (let question = 0; question < section.tasks.length; question++) {
+            if (wanted.tasks.size && !wanted.tasks.has(section.tasks[question])) continue;
+            ranks.push([question, ranksOf(section, data, question, visible)]);
+            if (performance.now() - since < TURN) continue;
+            await pause();
+            since = performance.now();
+            if (turn !== turns) return;
+          }
+          // Everything is written at once: the browser lays the table out again after each pause.
           for (const row of data.rows) {
             // Baselines stay: they have no rank, and differences are to them.
             for (const line of section.rows.get(row.id) || []) line.hidden = !row.baseline && !visible.has(row.id);
@@ -314,14 +322,7 @@
             all += 1;
             if (visible.has(row.id)) shown += 1;
           }
-          for (let question = 0; question < section.tasks.length; question++) {
-            if (wanted.tasks.size && !wanted.tasks.has(section.tasks[question])) continue;
-            writeRanks(section, data, question, ranksOf(section, data, question, visible));
-            if (performance.now() - since < TURN) continue;
-            await pause();
-            since = performance.now();
-            if (turn !== turns) return;
-          }
+          for (const [question, found] of ranks) writeRanks(section, data, question, found);
         }
         for (const figure of drawn) drawChart(section, data, figure, visible);
         sort(section);
