@@ -287,7 +287,7 @@ def test_two_configurations_compare_as_the_package_does(open_page, table):
         ]
         assert found == pytest.approx(wanted, rel=2e-3, abs=6e-5)
         assert cells[7] == "win"
-    assert "2 wins, 0 ties, 0 losses on 2 shared cells" in page.locator(".verdict").inner_text()
+    assert "2 wins, 0 ties, 0 losses on 2 shared cells" in page.locator(".outcome").inner_text()
     assert page.locator("figure svg.square").count() == 2
     assert page.locator("figure svg.square").last.locator("circle").count() == 64
     differing = page.locator("section", has_text="Settings that differ").locator("tbody th").all_inner_texts()
@@ -309,7 +309,7 @@ def test_pages_lead_to_the_comparison(open_page):
     page = open_page("methods/round.html")
     page.get_by_role("link", name=re.compile("Compare b4 with another")).click()
     page.locator("#cells").wait_for()
-    assert "round b4" in page.locator(".verdict").inner_text()
+    assert "round b4" in page.locator(".outcome").inner_text()
     board = open_page(BOARD)
     board.get_by_role("link", name="Compare two").click()
     board.locator("#cells").wait_for()

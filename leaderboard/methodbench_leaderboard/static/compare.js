@@ -86,7 +86,7 @@
     const counts = { win: 0, tie: 0, loss: 0 };
     for (const said of found) if (verdict(said)) counts[verdict(said)] += 1;
     const link = (row) => element("a", { href: row.page }, element("bdi", {}, row.label));
-    const parts = [element("p", { class: "verdict" }, "A, ", link(rows[0]), ", against B, ", link(rows[1]), ": ",
+    const parts = [element("p", { class: "outcome" }, "A, ", link(rows[0]), ", against B, ", link(rows[1]), ": ",
       element("b", {}, counts.win + plural(" win", counts.win)), ", ",
       element("b", {}, counts.tie + plural(" tie", counts.tie)), ", ",
       element("b", {}, counts.loss + (counts.loss === 1 ? " loss" : " losses")),
