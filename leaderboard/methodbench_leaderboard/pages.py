@@ -26,7 +26,7 @@ from methodbench.errors import MethodbenchError
 from methodbench.parity import records_of
 from methodbench.stats import DRAWS, SEED
 from methodbench.store import MetricValue, Store
-from methodbench_leaderboard import charts, downloads, formats, shards
+from methodbench_leaderboard import boarddata, charts, downloads, formats, shards
 from methodbench_leaderboard.aggregate import (
     Board,
     Cell,
@@ -56,7 +56,9 @@ MOST_RUN_PAGES = 400
 #: Newest runs that the page of all runs lists, and the page of a method.
 MOST_RUNS, MOST_RUNS_OF_METHOD = 500, 100
 
-_STATIC = ("site.css", "site.js", "run.js", "favicon.svg")
+_STATIC = (
+    "site.css", "site.js", "run.js", "stats.js", "tables.js", "charts.js", "board.js", "compare.js", "favicon.svg",
+)  # fmt: skip
 
 
 def write_site(store: Store, catalog: Catalog, out: Path) -> Path:
@@ -149,6 +151,10 @@ class _TableView:
     layout: Literal["full", "wide", "compact"]
     shows: frozenset[str]
     """Which cost columns have a value in some row."""
+    axes: list[tuple[str, str]]
+    """What quality may be drawn against: field of a run, label."""
+    data: str
+    """Path of what scripts rank again from."""
 
     @property
     def columns(self) -> int:
@@ -156,6 +162,17 @@ class _TableView:
             {"full": 3 + asked.compared, "wide": 2, "compact": 1}[self.layout] for asked in self.questions
         ]
         return 1 + sum(per_question) + len(self.shows)
+
+
+@dataclass(frozen=True, slots=True)
+class _Offers:
+    """What a reader may filter a board by, and the columns to choose from."""
+
+    tasks: list[tuple[str, str]]
+    """Slug and name."""
+    storages: list[str]
+    costs: frozenset[str]
+    columns: list[tuple[str, str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +185,7 @@ class _BoardView:
     top: Group
     """The group of most rows on the first table, cut to the best."""
     lead: _TableView
+    offers: _Offers
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,10 +223,12 @@ class _Site:
             self.jinja.filters[name] = getattr(formats, name)
         self.jinja.filters["finite"] = lambda value: value is not None and math.isfinite(value)
         self.jinja.filters["sortable"] = _sortable
+        self.jinja.filters["slug"] = formats.slug
+        self.jinja.filters["row_id"] = boarddata.row_id
         self.jinja.filters["score"] = lambda value: formats.number(number(value))
         self.jinja.globals.update(
             run_path=self._run_path,
-            method_path=lambda name: f"methods/{formats.slug(name)}.html",
+            method_path=_method_path,
             task_path=lambda name: f"tasks/{formats.slug(name)}.html",
             fidelities=FIDELITIES,
             records=records,
@@ -240,6 +260,12 @@ class _Site:
         )
         for view in boards:
             self._page(view.path, "board.html", section="boards", view=view)
+            for shown in view.tables:
+                boarddata.write_table(
+                    self.folder, view.path, shown.table, shown.costs, self._run_path, _method_path
+                )
+        boarddata.write_index(self.folder, [(view.board, view.path) for view in boards])
+        self._page("compare.html", "compare.html", section="boards", boards=boards)
         newest_first = records.frame.reverse()
         run_counts = dict(newest_first.group_by("method").len().iter_rows())
         self._page("methods.html", "methods.html", section="methods", methods=methods, run_counts=run_counts)
@@ -297,7 +323,8 @@ class _Site:
 
     def _board_view(self, board: Board) -> _BoardView:
         family, kind = formats.slug(board.family.name), board.model_kind
-        tables = [self._table_view(board, table) for table in board.tables]
+        path = f"boards/{family}/{formats.slug(kind)}.html" if kind else f"boards/{family}.html"
+        tables = [self._table_view(board, table, path) for table in board.tables]
         lead = max(
             tables,
             key=lambda view: (sum(map(len, (group.rows for group in view.table.groups))), view.columns),
@@ -306,7 +333,7 @@ class _Site:
         largest = max(lead.table.groups, key=lambda group: len(group.rows), default=Group("", []))
         return _BoardView(
             board=board,
-            path=f"boards/{family}/{formats.slug(kind)}.html" if kind else f"boards/{family}.html",
+            path=path,
             tables=tables,
             runs=len(
                 {run.id for t in board.tables for row in t.rows for c in row.cells.values() for run in c.runs}
@@ -314,9 +341,10 @@ class _Site:
             sketch=sketch,
             top=Group(largest.positions, largest.rows[:5]),
             lead=lead,
+            offers=_offers(tables),
         )
 
-    def _table_view(self, board: Board, table: Table) -> _TableView:
+    def _table_view(self, board: Board, table: Table, path: str) -> _TableView:
         costs = {row.key: row.cost_cell(table.questions) for row in table.rows}
         names = ("bits_per_weight", "model_bytes", "wall_seconds", "peak_memory_bytes", "throughput")
         shows = {
@@ -338,6 +366,8 @@ class _Site:
             if len(table.questions) * len(table.rows) <= COMPACT
             else "compact",
             shows=frozenset(shows),
+            axes=[(name, label) for name, label in _AXES if name in shows],
+            data=boarddata.table_path(path, table),
         )
 
     def _question_view(self, table: Table, question: Question, anchor: str) -> _QuestionView:
@@ -455,6 +485,7 @@ class _Site:
             runs=self.records.briefs(runs.head(MOST_RUNS_OF_METHOD)),
             run_count=len(runs),
             results=results,
+            compared=list({(view.path, row.key): (view, row) for view, _, row in results}.values()),
             configurations=configurations,
             settings=sorted({key for params in configurations.values() for key in params}),
             commands=commands[:12],
@@ -492,6 +523,33 @@ class _Site:
             )
 
 
+def _method_path(name: str) -> str:
+    return f"methods/{formats.slug(name)}.html"
+
+
+def _offers(tables: Sequence[_TableView]) -> _Offers:
+    questions = [asked.question for shown in tables for asked in shown.questions]
+    costs = frozenset().union(*(shown.shows for shown in tables))
+    full = [shown for shown in tables if shown.layout == "full"]
+    columns = [("rank", "Rank")]
+    columns += [("interval", "95 % interval")] if full else []
+    compared = any(asked.compared for shown in full for asked in shown.questions)
+    columns += [("difference", "Difference to the baseline")] if compared else []
+    return _Offers(
+        tasks=sorted({(formats.slug(question.task), question.task) for question in questions}),
+        storages=sorted(
+            {
+                cell.run.storage
+                for shown in tables
+                for cell in shown.costs.values()
+                if cell is not None and cell.run.storage
+            }
+        ),
+        costs=costs,
+        columns=[*columns, *((name, label) for name, label in _COLUMNS if name in costs)],
+    )
+
+
 def _environment_path(digest: str) -> str:
     return f"environments/{formats.run_slug(digest)[:16]}.html"
 
@@ -512,6 +570,19 @@ _COSTS = (
     ("bits_per_weight", "bits per weight"),
     ("model_bytes", "size of the model, bytes"),
     ("wall_seconds", "time of the run, seconds"),
+)
+
+
+#: The axes that a reader may choose.
+_AXES = (*_COSTS, ("peak_memory_bytes", "peak memory, bytes"))
+#: Columns of costs, as a reader chooses them.
+_COLUMNS = (
+    ("bits_per_weight", "Bits per weight"),
+    ("storage", "Storage"),
+    ("model_bytes", "Size"),
+    ("wall_seconds", "Time"),
+    ("peak_memory_bytes", "Peak memory"),
+    ("throughput", "Throughput"),
 )
 
 

@@ -43,6 +43,8 @@ SEED = 7
 _SLICE = 1_000_000
 #: Up to this many arrangements a permutation test counts all of them instead of drawing some.
 _EXACT = 4096
+#: Aggregates that differ by less, relatively, are ties: the order of a summation must not decide a rank.
+_TIE = 1e-12
 _BOOTSTRAP, _PERMUTATION = 0, 1
 
 
@@ -440,15 +442,19 @@ def rank_intervals(
         scores: [methods, units], the same units for each method; NaN counts as worst.
 
     Returns:
-        int64 [methods, 3]: rank (ties share the better one), lowest and highest rank of the interval.
+        int64 [methods, 3]: rank (ties share the better one), lowest and highest rank of the interval. Aggregates
+        that differ in no more than the rounding of their sums are ties.
     """
     worst = np.inf if lower_is_better else -np.inf
     filled = np.where(np.isnan(scores), worst, scores)
     sign = 1.0 if lower_is_better else -1.0
 
     def ranks(values: Array) -> Array:
-        # 1 + number of methods that are strictly better, for [draws, methods]
-        return 1.0 + (sign * values[:, None, :] < sign * values[:, :, None]).sum(axis=2)
+        # 1 + number of methods that are better, for [draws, methods]
+        signed = sign * values
+        with np.errstate(invalid="ignore"):
+            bar = np.where(np.isfinite(signed), signed - _TIE * np.abs(signed), signed)
+        return 1.0 + (signed[:, None, :] < bar[:, :, None]).sum(axis=2)
 
     point = ranks(np.stack([_reduce(row[None], how) for row in filled], axis=1))[0]
     if filled.shape[1] < 2 or how == "single":

@@ -407,3 +407,14 @@ def test_rows_with_missing_or_infinite_scores_are_resampled_beside_whole_ones():
     found = stats.bootstrap_intervals(rows, "mean")
     for row, interval in zip(rows, found, strict=True):
         assert interval == pytest.approx(stats.bootstrap_interval(row, "mean"))
+
+
+def test_the_order_of_a_summation_decides_no_rank() -> None:
+    """Means of three seeds of right and wrong answers are thirds, whose sums tie but for their rounding."""
+    rng = np.random.default_rng(4)
+    scores = rng.integers(0, 4, (12, 60)) / 3
+    shuffled = np.stack([rng.permutation(row) for row in np.tile(scores[:1], (12, 1))])
+    assert len({float(np.cumsum(row)[-1]) for row in shuffled}) > 1
+    assert rank_intervals(shuffled, "mean", lower_is_better=True)[:, 0].tolist() == [1] * 12
+    exact = rank_intervals(np.round(scores * 3), "mean", lower_is_better=False)
+    assert rank_intervals(scores, "mean", lower_is_better=False).tolist() == exact.tolist()

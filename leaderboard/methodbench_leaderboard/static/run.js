@@ -109,7 +109,7 @@
     document.getElementById("run-body").replaceChildren(
       ...(run.stale ? [element("div", { class: "callout" }, element("h2", {}, "Stale"),
         element("p", {}, "Since this run was made: " + run.stale + ". It is kept, and its cell is run again with what there is today."))] : []),
-      ...(run.reason ? [element("div", { class: "callout" }, element("h2", {}, "Reason"), element("p", { class: "text" }, run.reason))] : []),
+      ...(run.reason ? [element("div", { class: "callout" }, element("h2", {}, "Reason"), element("p", { class: "text", tabindex: "0" }, run.reason))] : []),
       ...((run.warnings || []).length ? [element("div", { class: "callout" }, element("h2", {}, "Warnings"),
         element("ul", {}, ...run.warnings.map((warning) => element("li", {}, warning))))] : []),
       section("Metrics", run.metrics.length ? metricTable(run.metrics) : element("p", { class: "note" }, "No score.")),

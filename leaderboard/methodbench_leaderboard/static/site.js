@@ -1,24 +1,35 @@
-// Adds sorting, a text filter and copy buttons to pages that are complete without it; keeps both in the address.
+// Adds sorting, a text filter and copy buttons to pages that are complete without it; keeps what the reader has chosen
+// in the address. Other scripts share the state through the global methodbench.
 (function () {
   "use strict";
 
-  const state = readState();
+  let state = readState() || new URLSearchParams();
+  const followers = [];
 
   function readState() {
     const hash = location.hash.slice(1);
-    // Anything without "=" is an ordinary anchor.
-    return new URLSearchParams(hash.includes("=") ? hash : "");
+    // Anything without "=" is an ordinary anchor, which leaves the state as it is.
+    return hash && !hash.includes("=") ? null : new URLSearchParams(hash);
   }
 
-  function saveState() {
+  // A step is what the back button undoes.
+  function saveState(step) {
     const text = state.toString();
     const address = location.pathname + location.search + (text ? "#" + text : "");
     try {
-      history.replaceState(null, "", address);
+      if (step) history.pushState(null, "", address);
+      else history.replaceState(null, "", address);
     } catch (error) {
       // Some browsers forbid it for files; the page works without.
     }
   }
+
+  addEventListener("popstate", () => {
+    const found = readState();
+    if (!found || found.toString() === state.toString()) return;
+    state = found;
+    for (const follow of followers) follow();
+  });
 
   function text(cell) {
     return cell ? cell.textContent.trim().toLowerCase() : "";
@@ -47,6 +58,13 @@
     return column;
   }
 
+  const resorts = new Map();
+
+  // Sorts a table again as the state says, after its cells have changed.
+  function resort(table) {
+    resorts.get(table)();
+  }
+
   function makeSortable(table) {
     const head = table.tHead.rows[table.tHead.rows.length - 1];
     for (const header of head.cells) {
@@ -61,19 +79,32 @@
         const column = sortTable(table, header, ascending);
         if (table.id) {
           state.set("sort." + table.id, (ascending ? "" : "-") + column);
-          saveState();
+          saveState(true);
         }
       });
     }
-    const wanted = table.id && state.get("sort." + table.id);
-    const header = wanted && head.cells[Number(wanted.replace("-", ""))];
-    if (header && header.dataset.sorts) sortTable(table, header, !wanted.startsWith("-"));
+    const first = Array.from(head.cells).find((header) => header.hasAttribute("aria-sort"));
+    const direction = first && first.getAttribute("aria-sort");
+    const orders = Array.from(table.tBodies, (body) => Array.from(body.rows));
+    const follow = () => {
+      const wanted = table.id && state.get("sort." + table.id);
+      const header = wanted && head.cells[Number(wanted.replace("-", ""))];
+      if (header && header.dataset.sorts) {
+        sortTable(table, header, !wanted.startsWith("-"));
+        return;
+      }
+      orders.forEach((rows, place) => table.tBodies[place].append(...rows));
+      for (const other of head.cells) other.removeAttribute("aria-sort");
+      if (first) first.setAttribute("aria-sort", direction);
+    };
+    resorts.set(table, follow);
+    followers.push(follow);
+    if (table.id && state.has("sort." + table.id)) follow();
   }
 
   function makeFilter(input) {
     const status = document.getElementById("filter-status");
     const rows = Array.from(document.querySelectorAll("tr[data-find]"));
-    const ranked = document.querySelector("table.board") !== null;
     const apply = () => {
       const words = input.value.toLowerCase().split(/\s+/).filter(Boolean);
       let shown = 0;
@@ -82,14 +113,21 @@
         if (!row.hidden) shown += 1;
       }
       status.textContent = words.length
-        ? shown + " of " + rows.length + " rows" + (ranked ? "; ranks are those among all rows" : "")
+        ? shown + " of " + rows.length + " rows"
         : "";
+    };
+    const follow = () => {
+      input.value = state.get("q") || "";
+      apply();
+    };
+    followers.push(follow);
+    follow();
+    input.addEventListener("input", () => {
+      apply();
       if (input.value) state.set("q", input.value);
       else state.delete("q");
-    };
-    input.value = state.get("q") || "";
-    apply();
-    input.addEventListener("input", () => { apply(); saveState(); });
+      saveState();
+    });
     input.form.addEventListener("submit", (event) => event.preventDefault());
   }
 
@@ -100,38 +138,56 @@
     button.textContent = "Copy";
     button.setAttribute("aria-live", "polite");
     button.addEventListener("click", async () => {
-      const done = await copy(code);
+      const done = await copy(code.textContent, code);
       button.textContent = done ? "Copied" : "Press Ctrl-C";
       setTimeout(() => { button.textContent = "Copy"; }, 1600);
     });
     block.append(button);
   }
 
-  async function copy(code) {
+  // Where the clipboard is out of reach, the element with the text, or one made for it, is selected and copied.
+  async function copy(words, shown) {
     try {
-      await navigator.clipboard.writeText(code.textContent);
+      await navigator.clipboard.writeText(words);
       return true;
     } catch (error) {
+      const made = shown ? null : document.createElement("pre");
+      if (made) {
+        made.className = "hidden";
+        made.textContent = words;
+        document.body.append(made);
+      }
       const range = document.createRange();
-      range.selectNodeContents(code);
+      range.selectNodeContents(shown || made);
       const selection = getSelection();
       selection.removeAllRanges();
       selection.addRange(range);
-      return document.execCommand("copy");
+      const done = document.execCommand("copy");
+      if (made) made.remove();
+      return done;
     }
   }
 
-  for (const form of document.querySelectorAll(".needs-script")) form.hidden = false;
+  window.methodbench = {
+    get state() { return state; },
+    save: saveState,
+    follow: (follower) => followers.push(follower),
+    sort: sortTable,
+    resort,
+    copy,
+  };
+
   document.querySelectorAll("table.sortable").forEach(makeSortable);
   const input = document.getElementById("filter");
-  if (input) makeFilter(input);
+  // A board filters by more, and ranks again what is left.
+  if (input && !document.querySelector("table.board")) makeFilter(input);
   document.querySelectorAll("pre.copy").forEach(makeCopyable);
-  for (const box of document.querySelectorAll(".scroll")) {
+  for (const box of document.querySelectorAll(".scroll, .text, .facts dd")) {
     const mark = () => box.classList.toggle("scrolled", box.scrollLeft > 2);
     box.addEventListener("scroll", mark, { passive: true });
     // What scrolls must be reachable by keyboard, and only that.
     const reach = () => {
-      if (box.scrollWidth > box.clientWidth) box.tabIndex = 0;
+      if (box.scrollWidth > box.clientWidth || box.scrollHeight > box.clientHeight) box.tabIndex = 0;
       else box.removeAttribute("tabindex");
     };
     reach();
