@@ -387,7 +387,7 @@ def _rows(
         newest = max(
             (run for runs in by_question.values() for run in runs), key=lambda run: (run.started_at, run.id)
         )
-        entry = catalog.methods.get(method)
+        entry = find_method(catalog, method)
         row = Row(
             key=f"{method}-{params}",
             method=method,
@@ -542,6 +542,14 @@ def _by_result(rows: Sequence[Row], questions: Sequence[Question]) -> list[Row]:
         return (*parts, row.label)
 
     return sorted(rows, key=order)
+
+
+def find_method(catalog: Catalog, name: str) -> Method | None:
+    """Return the method or chain called ``name``; None when the installed plugins do not know it."""
+    try:
+        return catalog.method(name)
+    except MethodbenchError:
+        return None
 
 
 def find_task(catalog: Catalog, name: str) -> Task | None:

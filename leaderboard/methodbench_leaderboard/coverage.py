@@ -12,7 +12,7 @@ import polars as pl
 
 from methodbench.catalog import Catalog
 from methodbench.entries import Model, Task
-from methodbench_leaderboard.aggregate import find_model, find_task
+from methodbench_leaderboard.aggregate import find_method, find_model, find_task
 from methodbench_leaderboard.records import Records
 
 #: What a cell can be, from what needs a look first to what needs none; and what it is called.
@@ -173,7 +173,7 @@ def _coverage(model: str, part: pl.DataFrame, records: Records, catalog: Catalog
 def _untried(
     catalog: Catalog, method: str, name: str, model: Model | None, task: Task | None
 ) -> CoverageCell:
-    entry = catalog.methods.get(method)
+    entry = find_method(catalog, method)
     if entry is None or task is None or (name and model is None):
         return CoverageCell({}, "unknown", "", "no installed plugin registers method, model and task")
     reason = catalog.mismatch(entry, model, task)

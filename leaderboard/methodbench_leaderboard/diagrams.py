@@ -75,7 +75,7 @@ def critical_difference(
     Returns:
         None where fewer than three methods or two tasks are left.
     """
-    complete = ~np.isnan(values).any(axis=1)
+    complete = np.asarray(~np.isnan(values).any(axis=1))
     if values.shape[1] < 2 or complete.sum() < 3:
         return None
     found = friedman(values[complete], lower_is_better=True)

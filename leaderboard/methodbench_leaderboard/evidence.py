@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import ast
+import contextlib
+import inspect
 import json
+import tokenize
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import polars as pl
@@ -18,7 +22,7 @@ from methodbench.comparison import ChainResult, judge_chain
 from methodbench.composition import is_chain, split_use
 from methodbench.engine.probe import describe_all
 from methodbench.errors import MethodbenchError
-from methodbench.provenance import source_files
+from methodbench.provenance import module_file
 from methodbench.store import MetricValue, Run
 from methodbench_leaderboard import diagrams, formats
 from methodbench_leaderboard.aggregate import Question, Row
@@ -139,12 +143,8 @@ class Evidence:
         entry = self._catalog.methods.get(method)
         if entry is None:
             return ""
-        module = entry.impl.partition(":")[0]
-        source = source_files(entry.impl).get(module, b"")
-        try:
-            return ast.get_docstring(ast.parse(source)) or ""
-        except (SyntaxError, ValueError):
-            return ""
+        path = module_file(entry.impl.partition(":")[0])
+        return _docstring(path) if path else ""
 
     @cached_property
     def chains(self) -> dict[str, tuple[list[ChainResult], str]]:
@@ -168,6 +168,17 @@ class Evidence:
 
             found[chain] = judge_chain(runs, [run for run in runs if run.method == chain], metrics_of)
         return found
+
+
+def _docstring(path: Path) -> str:
+    """Return the docstring of a module: the first token of its file, comments aside."""
+    with contextlib.suppress(OSError, SyntaxError, ValueError, tokenize.TokenError), path.open("rb") as file:
+        for token in tokenize.tokenize(file.readline):
+            if token.type == tokenize.STRING:
+                return inspect.cleandoc(str(ast.literal_eval(token.string)))
+            if token.type not in (tokenize.ENCODING, tokenize.COMMENT, tokenize.NL):
+                break
+    return ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -38,6 +39,7 @@ from methodbench_leaderboard.aggregate import (
     Question,
     Row,
     Table,
+    find_method,
     find_model,
     find_task,
     make_boards,
@@ -205,6 +207,8 @@ class _Site:
         self.folder = folder
         self.evidence = Evidence(records, catalog)
         self.table_keys: dict[int, str | None] = {}
+        self.offered: list[str] = []
+        """Names of the files in every page's footer."""
         self.jinja = Jinja(
             loader=PackageLoader("methodbench_leaderboard"),
             autoescape=True,
@@ -254,7 +258,9 @@ class _Site:
         collector = shards.Collector(on_boards)
         if self.sharded:
             documents = collector.through(documents)
-        self.jinja.globals["downloads"] = downloads.write(self.store, records, documents, self.folder)
+        files = downloads.write(self.store, records, documents, self.folder)
+        self.jinja.globals["downloads"] = files
+        self.offered = [file.path for file in files]
         self._page(
             "index.html", "home.html", section="boards", boards=boards, counts=counts, **self._failures()
         )
@@ -262,7 +268,7 @@ class _Site:
             keys = [self._table_key(shown.table) for shown in view.tables]
             self._kept(
                 view.path, "board.html", [repr(view.board.family), *keys],
-                lambda view=view: {"section": "boards", "view": view},
+                partial(dict, section="boards", view=view),
             )  # fmt: skip
         newest_first = records.frame.reverse()
         run_counts = dict(newest_first.group_by("method").len().iter_rows())
@@ -279,7 +285,7 @@ class _Site:
         for digest, environment in sorted(records.environments.items()):
             self._kept(
                 _environment_path(digest), "environment.html", [digest, environment.captured_at.isoformat()],
-                lambda digest=digest, environment=environment: _environment_view(digest, environment),
+                partial(_environment_view, digest, environment),
             )  # fmt: skip
         if self.sharded:
             self._page("run.html", "run_viewer.html", section="runs")
@@ -321,8 +327,7 @@ class _Site:
         if any(item is None for item in inputs):
             self._page(path, template, **view())
             return
-        offered = [file.path for file in self.jinja.globals["downloads"]]
-        key = key_of(code_digest(), __version__, template, self.sharded, offered, inputs)
+        key = key_of(code_digest(), __version__, template, self.sharded, self.offered, inputs)
         if not self.manifest.take(path, key, self.folder / path):
             self.manifest.note(path, key, self._page(path, template, **view()))
 
@@ -350,7 +355,7 @@ class _Site:
 
     def _methods(self) -> dict[str, Method | None]:
         names = sorted({*self.catalog.methods, *self.records.frame["method"].unique()})
-        return {name: self.catalog.methods.get(name) for name in names}
+        return {name: find_method(self.catalog, name) for name in names}
 
     def _failures(self) -> dict[str, Any]:
         failures = self.records.frame.reverse().filter(~pl.col("status").is_in(["ok", "not-applicable"]))
@@ -491,10 +496,7 @@ class _Site:
             inputs = [repr(entry), keys] if all(key for _, _, key in keys) else [None]
             self._kept(
                 f"tasks/{formats.slug(name)}.html", "task.html", inputs,
-                lambda name=name, entry=entry: {
-                    "section": "tasks", "name": name, "entry": entry,
-                    "sections": [(section, _spread(section)) for section in sections[name]],
-                },
+                partial(_task_view, name, entry, sections[name]),
             )  # fmt: skip
 
     def _model_pages(self, boards: Sequence[_BoardView]) -> None:
@@ -516,8 +518,8 @@ class _Site:
             inputs = [repr(entry), keys, run_counts.get(name, 0)] if all(key for _, key in keys) else [None]
             self._kept(
                 f"models/{formats.slug(name)}.html", "model.html", inputs,
-                lambda name=name, entry=entry: self._model_view(
-                    name, entry, tables[name], run_counts.get(name, 0), kinds.get(name, "")
+                partial(
+                    self._model_view, name, entry, tables[name], run_counts.get(name, 0), kinds.get(name, "")
                 ),
             )  # fmt: skip
 
@@ -568,7 +570,7 @@ class _Site:
         for grid in found:
             self._kept(
                 _coverage_path(grid.model), "coverage_model.html", [_coverage_key(grid)],
-                lambda grid=grid: {"section": "coverage", "grid": grid},
+                partial(dict, section="coverage", grid=grid),
             )  # fmt: skip
 
     def _method_page(
@@ -643,9 +645,7 @@ class _Site:
             ]  # fmt: skip
             self._kept(
                 self._run_path(run.id), "run.html", inputs if seal else [None],
-                lambda run=run, task=task, model=model: self._run_view(
-                    run.id, on_boards.get(run.id, ""), task, model
-                ),
+                partial(self._run_view, run.id, on_boards.get(run.id, ""), task, model),
             )  # fmt: skip
 
     def _run_view(self, run_id: str, board: str, task: Task | None, model: Model | None) -> dict[str, Any]:
@@ -668,6 +668,11 @@ class _Site:
             "model": model,
             "task": task,
         }
+
+
+def _task_view(name: str, entry: Task | None, sections: Sequence[_Section]) -> dict[str, Any]:
+    drawn = [(section, _spread(section)) for section in sections]
+    return {"section": "tasks", "name": name, "entry": entry, "sections": drawn}
 
 
 def _parts(chain: str) -> set[str]:
