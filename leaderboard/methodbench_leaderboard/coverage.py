@@ -30,6 +30,8 @@ STATES: Mapping[str, str] = {
 MOST_CELLS = 6_000
 #: Methods that one command names; a gap of more takes several.
 _MOST_NAMED = 12
+#: Commands that one gap lists.
+MOST_COMMANDS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,8 @@ class CoverageCell:
     run_id: str
     """A run in that state; empty where there is none."""
     reason: str
+    commands: tuple[str, ...] = ()
+    """Commands of the runs in that state, each once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +57,8 @@ class Gap:
     state: str
     methods: tuple[str, ...]
     commands: tuple[str, ...]
+    more: int
+    """Commands beyond :data:`MOST_COMMANDS`."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,14 @@ class Coverage:
             found.setdefault(method, Counter())[cell.state] += 1
         return found
 
+    def _commands(self, methods: Sequence[str], task: str, state: str) -> list[str]:
+        """Return what fills a gap: the recorded commands, or one for the defaults of methods that were never tried."""
+        recorded = [c for method in methods for c in self.cells[method, task].commands]
+        if state != "never":
+            return list(dict.fromkeys(_retry(command, state) for command in recorded if command))
+        parts = [methods[at : at + _MOST_NAMED] for at in range(0, len(methods), _MOST_NAMED)]
+        return [_command(part, self.model, task) for part in parts]
+
     @cached_property
     def gaps(self) -> list[Gap]:
         """What is missing, by task and state."""
@@ -93,17 +107,21 @@ class Coverage:
             for state in STATES:
                 if state in by_state:
                     methods = by_state[state]
-                    parts = [methods[at : at + _MOST_NAMED] for at in range(0, len(methods), _MOST_NAMED)]
-                    commands = tuple(_command(part, self.model, task, state) for part in parts)
-                    found.append(Gap(task, state, tuple(methods), commands))
+                    commands = self._commands(methods, task, state)
+                    more = max(0, len(commands) - MOST_COMMANDS)
+                    found.append(Gap(task, state, tuple(methods), tuple(commands[:MOST_COMMANDS]), more))
         return found
 
 
-def _command(methods: Sequence[str], model: str, task: str, state: str) -> str:
+def _retry(command: str, state: str) -> str:
+    """Return a recorded command that runs its cell again; a failure is a record, and is repeated on request only."""
+    again = state != "stale" and command.startswith("methodbench run ")
+    return f"{command} --retry" if again else command
+
+
+def _command(methods: Sequence[str], model: str, task: str) -> str:
     words = ["methodbench", "run", *(word for name in methods for word in ("--method", name))]
-    words += [*(["--model", model] if model else []), "--task", task]
-    # A failure is a record: its cell is run again only when it is asked for.
-    return shlex.join([*words, *(["--retry"] if state in ("failed", "timeout", "oom") else [])])
+    return shlex.join([*words, *(["--model", model] if model else []), "--task", task])
 
 
 def make_coverage(records: Records, catalog: Catalog) -> list[Coverage]:
@@ -141,12 +159,15 @@ def _newest(records: Records) -> pl.DataFrame:
 
 def _coverage(model: str, part: pl.DataFrame, records: Records, catalog: Catalog) -> Coverage:
     tried = part.group_by("method", "task", maintain_order=True).agg(
-        pl.col("state"), pl.col("id").first(), pl.col("reason").first(), pl.col("kind").first()
+        pl.col("state"),
+        pl.col("id").first(),
+        pl.col("reason").first(),
+        pl.col("command").filter(pl.col("state") == pl.col("state").first(), pl.col("state") != "ok"),
     )
     cells: dict[tuple[str, str], CoverageCell] = {}
-    for method, task, states, run_id, reason, _ in tried.iter_rows():
+    for method, task, states, run_id, reason, commands in tried.iter_rows():
         reason = records.stale.get(run_id, "") if states[0] == "stale" else reason
-        cells[method, task] = CoverageCell(Counter(states), states[0], run_id, reason)
+        cells[method, task] = CoverageCell(Counter(states), states[0], run_id, reason, tuple(commands))
     tasks = sorted({task for _, task in cells})
     entries: dict[str, Task | None] = {task: find_task(catalog, task) for task in tasks}
     kinds = {kind for entry in entries.values() if entry for kind in entry.kinds}

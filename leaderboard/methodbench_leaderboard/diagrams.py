@@ -158,28 +158,27 @@ class HeatCell:
 def shades(cells: Sequence[HeatCell | None], lower_is_better: bool) -> list[str]:
     """Return the shade of each cell of one task.
 
-    Where all have a difference to the baseline, shades grow with it on both sides of zero, by the largest that is not
-    an outlier. Else they follow the place among the values.
+    Where there are differences to a baseline, shades grow with them on both sides of zero, as far as the largest that
+    is not an outlier; what diverged is worst, and what has no difference is in the middle. Else shades follow the place
+    among the values.
     """
     found = ["none"] * len(cells)
     known = [(i, cell) for i, cell in enumerate(cells) if cell is not None and not math.isnan(cell.value)]
     differences = [cell.difference for _, cell in known if cell.difference is not None]
-    if differences and all(cell.difference is not None or _same(cell, known) for _, cell in known):
+    if differences:
         sizes = np.abs([value for value in differences if abs(value) <= LARGEST])
         reach = float(np.quantile(sizes, 0.9)) if sizes.size else 0.0
         for i, cell in known:
-            found[i] = _shade((cell.difference or 0.0) / reach if reach else 0.0)
+            if math.isinf(cell.value):
+                found[i] = f"{'w' if (cell.value > 0) == lower_is_better else 'b'}{SHADES}"
+            else:
+                found[i] = _shade((cell.difference or 0.0) / reach if reach else 0.0)
         return found
     order = sorted({cell.value for _, cell in known}, reverse=not lower_is_better)
     for i, cell in known:
         place = order.index(cell.value) / max(len(order) - 1, 1)
         found[i] = _shade(1 - 2 * place) if len(order) > 1 else "m"
     return found
-
-
-def _same(cell: HeatCell, known: Sequence[tuple[int, HeatCell]]) -> bool:
-    """Return whether a cell is the baseline: the only one without a difference."""
-    return sum(other.difference is None for _, other in known) == 1
 
 
 def _shade(share: float) -> str:

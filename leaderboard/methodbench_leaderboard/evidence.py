@@ -17,7 +17,7 @@ from typing import Any
 import polars as pl
 
 from methodbench.catalog import Catalog
-from methodbench.claims import VERDICTS, ClaimResult, Claims, judge_claim, load_claims
+from methodbench.claims import VERDICTS, ClaimResult, Claims, Condition, judge_claim, load_claims
 from methodbench.comparison import ChainResult, judge_chain
 from methodbench.composition import is_chain, split_use
 from methodbench.engine.probe import describe_all
@@ -168,6 +168,14 @@ class Evidence:
 
             found[chain] = judge_chain(runs, [run for run in runs if run.method == chain], metrics_of)
         return found
+
+
+def differing(condition: Condition, others: Sequence[Condition]) -> str:
+    """Return the settings that tell a condition of a claim from the others on the same task."""
+    params = condition.task_params
+    beside = [other.task_params for other in others if other.task == condition.task]
+    names = [key for key in sorted(params) if any(other.get(key) != params[key] for other in beside)]
+    return ", ".join(f"{key}={formats.plain(params[key])}" for key in names)
 
 
 def _docstring(path: Path) -> str:

@@ -46,7 +46,7 @@ from methodbench_leaderboard.aggregate import (
     number,
 )
 from methodbench_leaderboard.coverage import STATES, Coverage, make_coverage
-from methodbench_leaderboard.evidence import Evidence, sensitivities
+from methodbench_leaderboard.evidence import Evidence, differing, sensitivities
 from methodbench_leaderboard.manifest import MARKER, Manifest, code_digest, key_of
 from methodbench_leaderboard.records import Records, metric_info
 
@@ -234,6 +234,7 @@ class _Site:
             states=STATES,
             verdicts=VERDICTS,
             badge=self.evidence.badge,
+            differing=differing,
             fidelities=FIDELITIES,
             records=records,
             version=__version__,
@@ -686,7 +687,7 @@ def _coverage_path(model: str) -> str:
 
 def _coverage_key(grid: Coverage) -> str:
     cells = [
-        (*place, dict(cell.counts), cell.state, cell.run_id, cell.reason)
+        (*place, dict(cell.counts), cell.state, cell.run_id, cell.reason, cell.commands)
         for place, cell in grid.cells.items()
     ]
     return key_of(grid.model, grid.left_out, cells)
@@ -787,7 +788,7 @@ def _environment_path(digest: str) -> str:
 
 def _sortable(value: float | None) -> str:
     """Return what a script sorts a cell by: the number, or nothing, which sorts last."""
-    return f"{value:.7g}" if value is not None and math.isfinite(value) else ""
+    return f"{value:.6g}" if value is not None and math.isfinite(value) else ""
 
 
 def _scores(metric: MetricValue) -> charts.Histogram | None:
