@@ -63,6 +63,8 @@ MOST_RUN_PAGES = 400
 MOST_RESULTS, MOST_SENSITIVITIES, MOST_COVERED = 400, 12, 4_000
 #: Kind of the methods that measure a model and leave it as it is.
 PROBE = "probe"
+#: Cells that the page of a method links every seed of; with more, the first.
+MOST_SEEDED = 100
 #: Newest runs that the page of all runs lists, and the page of a method.
 MOST_RUNS, MOST_RUNS_OF_METHOD = 500, 100
 
@@ -601,6 +603,7 @@ class _Site:
             "run_count": len(runs),
             "results": results,
             "configurations": configurations,
+            "seeds_linked": sum(len(row.cells) for _, _, row in results) <= MOST_SEEDED,
             "settings": sorted({key for params in configurations.values() for key in params}),
             "commands": commands[:12],
             "more_commands": max(0, len(commands) - 12),
