@@ -30,6 +30,7 @@ from methodbench.stats import (
     rank_intervals,
 )
 from methodbench.store import MetricValue
+from methodbench_leaderboard.formats import slug
 from methodbench_leaderboard.records import METRIC_FIELDS, Brief, MetricInfo, Records, metric_info
 
 Array = NDArray[np.float64]
@@ -241,7 +242,7 @@ def make_boards(records: Records, catalog: Catalog) -> list[Board]:
             & pl.col("question").is_in(wanted)
         )
         tables = _tables(cells.filter(own | shared), questions, records, catalog)
-        boards.append(Board(catalog.family(place["family"]), place["model_kind"], tables))
+        boards.append(Board(_family(catalog, place["family"]), place["model_kind"], tables))
     return boards
 
 
@@ -387,7 +388,7 @@ def _rows(
         newest = max(
             (run for runs in by_question.values() for run in runs), key=lambda run: (run.started_at, run.id)
         )
-        entry = catalog.methods.get(method)
+        entry = find_method(catalog, method)
         row = Row(
             key=f"{method}-{params}",
             method=method,
@@ -542,6 +543,19 @@ def _by_result(rows: Sequence[Row], questions: Sequence[Question]) -> list[Row]:
         return (*parts, row.label)
 
     return sorted(rows, key=order)
+
+
+def _family(catalog: Catalog, name: str) -> Family:
+    """Return the family called ``name``; one that no plugin describes, and whose name need be no name, by its name."""
+    return catalog.families.get(name) or Family(name=slug(name), title=name, summary="")
+
+
+def find_method(catalog: Catalog, name: str) -> Method | None:
+    """Return the method or chain called ``name``; None when the installed plugins do not know it."""
+    try:
+        return catalog.method(name)
+    except MethodbenchError:
+        return None
 
 
 def find_task(catalog: Catalog, name: str) -> Task | None:

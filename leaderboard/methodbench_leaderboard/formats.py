@@ -30,6 +30,9 @@ _UNSAFE = re.compile(
 def harmless(value: Any) -> Any:
     """Return text with invisible and direction-changing characters spelled out; anything else as it is."""
     if isinstance(value, str) and not isinstance(value, Markup):
+        # Most text is plain, and every piece of every page comes through here.
+        if value.isascii() and value.isprintable():
+            return value
         return _UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", value)
     return value
 

@@ -9,6 +9,8 @@ import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote
@@ -20,13 +22,15 @@ from jinja2 import PackageLoader, StrictUndefined
 
 from methodbench import __version__
 from methodbench.catalog import Catalog
+from methodbench.claims import VERDICTS, commands_for
 from methodbench.engine.why import stale_runs
-from methodbench.entries import FIDELITIES, Method, Task
+from methodbench.entries import FIDELITIES, Method, Model, Task
 from methodbench.errors import MethodbenchError
 from methodbench.parity import records_of
 from methodbench.stats import DRAWS, SEED
-from methodbench.store import MetricValue, Store
-from methodbench_leaderboard import boarddata, charts, downloads, formats, shards
+from methodbench.store import Environment, MetricValue, Store
+from methodbench.store.schema import SCHEMA_REVISION
+from methodbench_leaderboard import boarddata, charts, diagrams, downloads, formats, shards
 from methodbench_leaderboard.aggregate import (
     Board,
     Cell,
@@ -35,15 +39,17 @@ from methodbench_leaderboard.aggregate import (
     Question,
     Row,
     Table,
+    find_method,
     find_model,
     find_task,
     make_boards,
     number,
 )
+from methodbench_leaderboard.coverage import STATES, Coverage, make_coverage
+from methodbench_leaderboard.evidence import Evidence, differing, sensitivities
+from methodbench_leaderboard.manifest import MARKER, Manifest, code_digest, key_of
 from methodbench_leaderboard.records import Records, metric_info
 
-#: Tells a folder of ours from anything else that must not be replaced.
-MARKER = ".methodbench-site"
 #: With more questions than this, a table writes intervals and differences below its values ...
 WIDE = 1
 #: ... and with more cells than this it leaves the differences and charts to the pages of tasks.
@@ -53,6 +59,12 @@ MOST_LISTED = 60
 
 #: Up to this many runs each has a page of its own; more are shown by one page from sharded data.
 MOST_RUN_PAGES = 400
+#: Rows of results on the page of a model, charts of sensitivity on that of a method, cells of the grid of all models.
+MOST_RESULTS, MOST_SENSITIVITIES, MOST_COVERED = 400, 12, 4_000
+#: Kind of the methods that measure a model and leave it as it is.
+PROBE = "probe"
+#: Cells that the page of a method links every seed of; with more, the first.
+MOST_SEEDED = 100
 #: Newest runs that the page of all runs lists, and the page of a method.
 MOST_RUNS, MOST_RUNS_OF_METHOD = 500, 100
 
@@ -65,8 +77,7 @@ def write_site(store: Store, catalog: Catalog, out: Path) -> Path:
     """Write the whole site beside ``out``, then put it in its place; see :func:`methodbench_leaderboard.build`."""
 
     def write(fresh: Path) -> None:
-        _Site(store, catalog, fresh).write()
-        (fresh / MARKER).write_text("A site built by methodbench; the next build replaces this folder.\n")
+        _Site(store, catalog, fresh, Manifest(out.expanduser())).write()
 
     replace_folder(out, write)
     return out / "index.html"
@@ -148,6 +159,11 @@ class _TableView:
     costs: Mapping[str, Cell | None]
     """Of each row, the cell that costs are read from."""
     missing: list[Any]
+    critical: list[tuple[str, diagrams.CriticalDifference]]
+    """Mean ranks over tasks, for each group of positions."""
+    heat: diagrams.HeatMap | None
+    shades: Mapping[tuple[str, str], str]
+    """Shade of a cell of a compact table, by row and question; the table is its own heat map."""
     layout: Literal["full", "wide", "compact"]
     shows: frozenset[str]
     """Which cost columns have a value in some row."""
@@ -202,12 +218,17 @@ class _Section:
 
 
 class _Site:
-    def __init__(self, store: Store, catalog: Catalog, folder: Path) -> None:
+    def __init__(self, store: Store, catalog: Catalog, folder: Path, manifest: Manifest) -> None:
         self.store = store
+        self.manifest = manifest
         self.records = records = Records(store, stale_runs(store, catalog))
         self.sharded = len(records) > MOST_RUN_PAGES
         self.catalog = catalog
         self.folder = folder
+        self.evidence = Evidence(records, catalog)
+        self.table_keys: dict[int, str | None] = {}
+        self.offered: list[str] = []
+        """Names of the files in every page's footer."""
         self.jinja = Jinja(
             loader=PackageLoader("methodbench_leaderboard"),
             autoescape=True,
@@ -230,6 +251,12 @@ class _Site:
             run_path=self._run_path,
             method_path=_method_path,
             task_path=lambda name: f"tasks/{formats.slug(name)}.html",
+            model_path=lambda name: f"models/{formats.slug(name)}.html",
+            coverage_path=_coverage_path,
+            states=STATES,
+            verdicts=VERDICTS,
+            badge=self.evidence.badge,
+            differing=differing,
             fidelities=FIDELITIES,
             records=records,
             version=__version__,
@@ -254,12 +281,18 @@ class _Site:
         collector = shards.Collector(on_boards)
         if self.sharded:
             documents = collector.through(documents)
-        self.jinja.globals["downloads"] = downloads.write(self.store, records, documents, self.folder)
+        files = downloads.write(self.store, records, documents, self.folder)
+        self.jinja.globals["downloads"] = files
+        self.offered = [file.path for file in files]
         self._page(
             "index.html", "home.html", section="boards", boards=boards, counts=counts, **self._failures()
         )
         for view in boards:
-            self._page(view.path, "board.html", section="boards", view=view)
+            keys = [self._table_key(shown.table) for shown in view.tables]
+            self._kept(
+                view.path, "board.html", [repr(view.board.family), *keys],
+                partial(dict, section="boards", view=view),
+            )  # fmt: skip
             for shown in view.tables:
                 boarddata.write_table(
                     self.folder, view.path, shown.table, shown.costs, self._run_path, _method_path
@@ -273,15 +306,15 @@ class _Site:
             of_method = newest_first.filter(pl.col("method") == name)
             self._method_page(name, entry, of_method, boards)
         self._task_pages(boards)
+        self._model_pages(boards)
+        self._coverage_pages()
         self._page(
             "runs.html", "runs.html", section="runs", runs=records.briefs(newest_first.head(MOST_RUNS))
         )
         for digest, environment in sorted(records.environments.items()):
-            data = dict(environment.data)
-            packages = data.pop("packages", {})
-            self._page(
-                _environment_path(digest), "environment.html", section="runs", digest=digest, environment=data,
-                captured=environment.captured_at, packages=packages if isinstance(packages, dict) else {},
+            self._kept(
+                _environment_path(digest), "environment.html", [digest, environment.captured_at.isoformat()],
+                partial(_environment_view, digest, environment),
             )  # fmt: skip
         if self.sharded:
             self._page("run.html", "run_viewer.html", section="runs")
@@ -289,30 +322,69 @@ class _Site:
         else:
             self._run_pages(on_boards)
         self._page(
-            "about.html", "about.html", section="about", counts=counts, boards=boards, catalog=self.catalog
-        )
+            "about.html", "about.html", section="about", counts=counts, boards=boards, catalog=self.catalog,
+            versions=_versions(self.catalog), schema=SCHEMA_REVISION,
+        )  # fmt: skip
         source = Path(__file__).parent / "static"
         (self.folder / "static").mkdir()
         for name in _STATIC:
             shutil.copyfile(source / name, self.folder / "static" / name)
+        self.manifest.write(self.folder)
 
     def _run_path(self, run_id: str) -> str:
         if self.sharded:
             return f"run.html#{quote(run_id, safe='')}"
         return f"runs/{formats.run_slug(run_id)}.html"
 
-    def _write(self, path: str, text: str) -> None:
+    def _page(self, path: str, template: str, **values: Any) -> bytes:
+        root = "../" * path.count("/")
+        text = self.jinja.get_template(template).render(root=root, path=path, **values)
         file = self.folder / path
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text, encoding="utf-8", newline="\n")
+        data = text.encode("utf-8")
+        file.write_bytes(data)
+        return data
 
-    def _page(self, path: str, template: str, **values: Any) -> None:
-        root = "../" * path.count("/")
-        self._write(path, self.jinja.get_template(template).render(root=root, path=path, **values))
+    def _kept(
+        self, path: str, template: str, inputs: Sequence[Any], view: Callable[[], Mapping[str, Any]]
+    ) -> None:
+        """Write a page, or take it over from the earlier site where it was made from the same ``inputs``.
+
+        Args:
+            inputs: everything that the page says; it is always written anew where one of them is None.
+        """
+        if any(item is None for item in inputs):
+            self._page(path, template, **view())
+            return
+        key = key_of(code_digest(), __version__, template, self.sharded, self.offered, inputs)
+        if not self.manifest.take(path, key, self.folder / path):
+            self.manifest.note(path, key, self._page(path, template, **view()))
+
+    def _table_key(self, table: Table) -> str | None:
+        """Return the digest of all that a table says; None where it has runs of unknown contents."""
+        if id(table) not in self.table_keys:
+            seals = self.records.seals
+            rows = [
+                (
+                    row.key, row.variant, repr(row.entry), repr(self.evidence.badge(row.method)),
+                    {key: [[seals[run.id], run.id] for run in cell.runs] for key, cell in row.cells.items()},
+                )
+                for row in table.rows
+            ]  # fmt: skip
+            tasks = [repr(find_task(self.catalog, question.task)) for question in table.questions]
+            known = all(
+                seals[run.id] for row in table.rows for cell in row.cells.values() for run in cell.runs
+            )
+            self.table_keys[id(table)] = (
+                key_of(table.anchor, table.title, repr(table.model), repr(table.questions), tasks, rows)
+                if known
+                else None
+            )
+        return self.table_keys[id(table)]
 
     def _methods(self) -> dict[str, Method | None]:
         names = sorted({*self.catalog.methods, *self.records.frame["method"].unique()})
-        return {name: self.catalog.methods.get(name) for name in names}
+        return {name: find_method(self.catalog, name) for name in names}
 
     def _failures(self) -> dict[str, Any]:
         failures = self.records.frame.reverse().filter(~pl.col("status").is_in(["ok", "not-applicable"]))
@@ -352,19 +424,19 @@ class _Site:
         }
         if any(run.storage for cell in costs.values() if cell for run in cell.scored):
             shows.add("storage")
+        compact = len(table.questions) > WIDE and len(table.questions) * len(table.rows) > COMPACT
         return _TableView(
             table=table,
+            critical=_critical(table),
+            heat=None if compact else _heat_map(table),
+            shades=_shades(table) if compact else {},
             questions=[
                 self._question_view(table, question, f"{table.anchor}-{place}")
                 for place, question in enumerate(table.questions, 1)
             ],
             costs=costs,
             missing=board.missing(table, self.catalog),
-            layout="full"
-            if len(table.questions) <= WIDE
-            else "wide"
-            if len(table.questions) * len(table.rows) <= COMPACT
-            else "compact",
+            layout="full" if len(table.questions) <= WIDE else "compact" if compact else "wide",
             shows=frozenset(shows),
             axes=[(name, label) for name, label in _AXES if name in shows],
             data=boarddata.table_path(path, table),
@@ -451,14 +523,88 @@ class _Site:
         tasks = {name: find_task(self.catalog, name) for name in names}
         self._page("tasks.html", "tasks.html", section="tasks", tasks=tasks, run_counts=run_counts)
         for name, entry in tasks.items():
-            self._page(
-                f"tasks/{formats.slug(name)}.html",
-                "task.html",
-                section="tasks",
-                name=name,
-                entry=entry,
-                sections=sections[name],
-            )
+            keys = [
+                (section.board, section.title, self._table_key(section.table)) for section in sections[name]
+            ]
+            inputs = [repr(entry), keys] if all(key for _, _, key in keys) else [None]
+            self._kept(
+                f"tasks/{formats.slug(name)}.html", "task.html", inputs,
+                partial(_task_view, name, entry, sections[name]),
+            )  # fmt: skip
+
+    def _model_pages(self, boards: Sequence[_BoardView]) -> None:
+        frame = self.records.frame
+        run_counts = dict(frame.filter(pl.col("model") != "").group_by("model").len().iter_rows())
+        names = sorted({*self.catalog.models, *run_counts})
+        models = {name: find_model(self.catalog, name) for name in names}
+        kinds = dict(frame.select("model", "model_kind").unique("model", keep="last").iter_rows())
+        self._page(
+            "models.html", "models.html", section="models", models=models, run_counts=run_counts, kinds=kinds
+        )
+        tables: dict[str, list[tuple[_BoardView, _TableView]]] = defaultdict(list)
+        for view in boards:
+            for shown in view.tables:
+                if shown.table.questions[0].model:
+                    tables[shown.table.questions[0].model].append((view, shown))
+        for name, entry in models.items():
+            keys = [(view.path, self._table_key(shown.table)) for view, shown in tables[name]]
+            inputs = [repr(entry), keys, run_counts.get(name, 0)] if all(key for _, key in keys) else [None]
+            self._kept(
+                f"models/{formats.slug(name)}.html", "model.html", inputs,
+                partial(
+                    self._model_view, name, entry, tables[name], run_counts.get(name, 0), kinds.get(name, "")
+                ),
+            )  # fmt: skip
+
+    def _model_view(
+        self,
+        name: str,
+        entry: Model | None,
+        tables: Sequence[tuple[_BoardView, _TableView]],
+        runs: int,
+        kind: str,
+    ) -> dict[str, Any]:
+        frame = self.records.frame.filter(pl.col("model") == name)
+        weights = frame.filter(pl.col("weights_digest") != "")["weights_digest"].unique(maintain_order=True)
+        dense = frame.filter(pl.col("baseline") & pl.col("model_bytes").is_not_null())["model_bytes"]
+        results = [
+            (view, shown, row, asked, row.cells[asked.question.key])
+            for view, shown in tables
+            for row in shown.table.rows
+            for asked in shown.questions
+            if asked.question.key in row.cells
+        ]
+        # Baselines stand on the boards of several families.
+        results = list({(row.key, asked.question.key): (v, s, row, asked, cell)
+                        for v, s, row, asked, cell in reversed(results)}.values())[::-1]  # fmt: skip
+        return {
+            "section": "models",
+            "name": name,
+            "entry": entry,
+            "kind": entry.kind if entry else kind,
+            "run_count": runs,
+            "weights": weights.to_list(),
+            "dense": dense.last() if len(dense) else None,
+            "boards": [(view, shown.table.anchor) for view, shown in tables],
+            "results": [item for item in results if item[4].run.kind != PROBE][:MOST_RESULTS],
+            "result_count": sum(item[4].run.kind != PROBE for item in results),
+            "measures": [item for item in results if item[4].run.kind == PROBE][:MOST_RESULTS],
+        }
+
+    def _coverage_pages(self) -> None:
+        found = make_coverage(self.records, self.catalog)
+        methods = sorted({method for grid in found for method in grid.methods})
+        shown = found[: max(1, MOST_COVERED // max(1, len(methods)))]
+        totals = sum((grid.totals for grid in found), Counter())
+        self._page(
+            "coverage.html", "coverage.html", section="coverage", grids=shown, methods=methods, totals=totals,
+            more=found[len(shown) :],
+        )  # fmt: skip
+        for grid in found:
+            self._kept(
+                _coverage_path(grid.model), "coverage_model.html", [_coverage_key(grid)],
+                partial(dict, section="coverage", grid=grid),
+            )  # fmt: skip
 
     def _method_page(
         self, name: str, entry: Method | None, runs: pl.DataFrame, boards: Sequence[_BoardView]
@@ -476,51 +622,199 @@ class _Site:
         commands = [command for command in runs["command"].unique(maintain_order=True).to_list() if command]
         distribution = self.catalog.distribution("method", name)
         extra = f"[{entry.extra}]" if entry and entry.extra else ""
-        self._page(
-            f"methods/{formats.slug(name)}.html",
-            "method.html",
-            section="methods",
-            name=name,
-            entry=entry,
-            runs=self.records.briefs(runs.head(MOST_RUNS_OF_METHOD)),
-            run_count=len(runs),
-            results=results,
-            compared=list({(view.path, row.key): (view, row) for view, _, row in results}.values()),
-            configurations=configurations,
-            settings=sorted({key for params in configurations.values() for key in params}),
-            commands=commands[:12],
-            more_commands=max(0, len(commands) - 12),
-            install=f"pip install '{distribution}{extra}'" if distribution else "",
-            parity=records_of(entry, self.catalog) if entry else [],
-        )
+        newest = self.records.briefs(runs.head(MOST_RUNS_OF_METHOD))
+        claims, judged = self.evidence.claims(name), self.evidence.judged.get(name, [])
+        chains = {chain: found for chain, found in self.evidence.chains.items() if name in _parts(chain)}
+        view = {
+            "section": "methods",
+            "name": name,
+            "entry": entry,
+            "runs": newest,
+            "run_count": len(runs),
+            "results": results,
+            "compared": list({(board.path, row.key): (board, row) for board, _, row in results}.values()),
+            "configurations": configurations,
+            "seeds_linked": sum(len(row.cells) for _, _, row in results) <= MOST_SEEDED,
+            "settings": sorted({key for params in configurations.values() for key in params}),
+            "commands": commands[:12],
+            "more_commands": max(0, len(commands) - 12),
+            "install": f"pip install '{distribution}{extra}'" if distribution else "",
+            "parity": records_of(entry, self.catalog) if entry else [],
+            "described": self.evidence.descriptions.get(name),
+            "idea": self.evidence.idea(name),
+            "claims": claims,
+            "claims_problem": self.evidence.problem(name),
+            "judged": judged,
+            "chains": chains,
+        }
+        # What the tables say goes into the key by their digests.
+        said = {key: repr(value) for key, value in view.items() if key not in ("results", "compared")}
+        tables = {
+            f"{board.board.title} {board.path}#{shown.table.anchor}": self._table_key(shown.table)
+            for board, shown, _ in results
+        }
+        known = all(tables.values()) and all(self.records.seals[run.id] for run in newest)
+        self._kept(
+            f"methods/{formats.slug(name)}.html", "method.html", [said, tables] if known else [None],
+            lambda: {
+                **view,
+                "attempts": {
+                    result.claim.id: commands_for(self.catalog, result.claim)
+                    for result in judged
+                    if result.verdict == "not attempted"
+                },
+                "sensitivities": sensitivities(
+                    (row, [asked.question for asked in shown.questions]) for _, shown, row in results
+                )[:MOST_SENSITIVITIES],
+            },
+        )  # fmt: skip
 
     def _run_pages(self, on_boards: Mapping[str, str]) -> None:
-        ids = self.records.frame["id"].to_list()
-        metrics, series = self.records.metrics(ids), self.records.series(ids)
-        for run in self.records.details(ids):
-            curves = [
-                (curve.name, charts.curve_chart([charts.Curve(run.method, run.id, [curve.points()])]))
-                for curve in series.get(run.id, ())
-            ]
-            self._page(
-                self._run_path(run.id),
-                "run.html",
-                section="runs",
-                run=run,
-                board=on_boards.get(run.id, ""),
-                metrics=[
-                    (metric, metric_info(metric), _scores(metric)) for metric in metrics.get(run.id, ())
-                ],
-                curves=[(name, chart) for name, chart in curves if chart is not None],
-                environment=(
-                    _environment_path(run.environment_digest)
-                    if run.environment_digest in self.records.environments
-                    else ""
-                ),
-                method=self.catalog.methods.get(run.method),
-                model=find_model(self.catalog, run.model) if run.model else None,
-                task=find_task(self.catalog, run.task),
-            )
+        records = self.records
+        for run in records.runs:
+            seal = records.seals[run.id]
+            task = find_task(self.catalog, run.task)
+            model = find_model(self.catalog, run.model) if run.model else None
+            inputs = [
+                run.id, seal, on_boards.get(run.id, ""), records.stale.get(run.id, ""), repr(task), repr(model),
+                run.environment_digest in records.environments,
+            ]  # fmt: skip
+            self._kept(
+                self._run_path(run.id), "run.html", inputs if seal else [None],
+                partial(self._run_view, run.id, on_boards.get(run.id, ""), task, model),
+            )  # fmt: skip
+
+    def _run_view(self, run_id: str, board: str, task: Task | None, model: Model | None) -> dict[str, Any]:
+        records = self.records
+        run = next(records.details([run_id]))
+        metrics, series = records.metrics([run_id]), records.series([run_id])
+        curves = [
+            (curve.name, charts.curve_chart([charts.Curve(run.method, run.id, [curve.points()])]))
+            for curve in series.get(run.id, ())
+        ]
+        known = run.environment_digest in records.environments
+        return {
+            "section": "runs",
+            "run": run,
+            "board": board,
+            "metrics": [(metric, metric_info(metric), _scores(metric)) for metric in metrics.get(run.id, ())],
+            "curves": [(name, chart) for name, chart in curves if chart is not None],
+            "environment": _environment_path(run.environment_digest) if known else "",
+            "stale": records.stale.get(run.id, ""),
+            "model": model,
+            "task": task,
+        }
+
+
+def _task_view(name: str, entry: Task | None, sections: Sequence[_Section]) -> dict[str, Any]:
+    drawn = [(section, _spread(section)) for section in sections]
+    return {"section": "tasks", "name": name, "entry": entry, "sections": drawn}
+
+
+def _parts(chain: str) -> set[str]:
+    """Return a chain's name and those of its links."""
+    return {chain, *(part.strip() for part in chain.split("+"))}
+
+
+def _coverage_path(model: str) -> str:
+    return f"coverage/{formats.slug(model) if model else 'own-models'}.html"
+
+
+def _coverage_key(grid: Coverage) -> str:
+    cells = [
+        (*place, dict(cell.counts), cell.state, cell.run_id, cell.reason, cell.commands)
+        for place, cell in grid.cells.items()
+    ]
+    return key_of(grid.model, grid.left_out, cells)
+
+
+def _environment_view(digest: str, environment: Environment) -> dict[str, Any]:
+    data = dict(environment.data)
+    packages = data.pop("packages", {})
+    return {
+        "section": "runs",
+        "digest": digest,
+        "environment": data,
+        "captured": environment.captured_at,
+        "packages": packages if isinstance(packages, dict) else {},
+    }
+
+
+def _versions(catalog: Catalog) -> dict[str, str]:
+    """Return the version of each distribution whose plugins are in the catalogue."""
+    found = {}
+    for name in sorted({plugin.distribution for plugin in catalog.plugins if plugin.distribution}):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def _critical(table: Table) -> list[tuple[str, diagrams.CriticalDifference]]:
+    found = []
+    for group in table.groups:
+        values = np.full((len(group.rows), len(table.questions)), math.nan)
+        for r, row in enumerate(group.rows):
+            for c, question in enumerate(table.questions):
+                cell = row.cells.get(question.key)
+                if cell is not None and cell.primary is not None and question.metric is not None:
+                    values[r, c] = cell.primary.value * (1 if question.metric.lower_is_better else -1)
+        scored = ~np.isnan(values).all(axis=0)
+        chart = diagrams.critical_difference([row.label for row in group.rows], values[:, scored])
+        if chart is not None:
+            found.append((group.positions, chart))
+    return found
+
+
+def _heat_cells(table: Table) -> list[list[diagrams.HeatCell | None]]:
+    lines: list[list[diagrams.HeatCell | None]] = []
+    for row in table.rows:
+        line: list[diagrams.HeatCell | None] = []
+        for question in table.questions:
+            cell = row.cells.get(question.key)
+            if cell is None or cell.primary is None or question.metric is None:
+                line.append(None)
+                continue
+            sign = -1.0 if question.metric.lower_is_better else 1.0
+            better = None if cell.difference is None else sign * cell.difference.difference
+            line.append(diagrams.HeatCell(cell.primary.value, better, cell.run.id))
+        lines.append(line)
+    return lines
+
+
+def _heat_map(table: Table) -> diagrams.HeatMap | None:
+    columns = [
+        (" ".join(filter(None, [q.task, q.suffix])), q.metric is None or q.metric.lower_is_better)
+        for q in table.questions
+    ]
+    return diagrams.heat_map([row.label for row in table.rows], columns, _heat_cells(table))
+
+
+def _shades(table: Table) -> dict[tuple[str, str], str]:
+    cells = _heat_cells(table)
+    return {
+        (row.key, question.key): shade
+        for c, question in enumerate(table.questions)
+        for row, shade in zip(
+            table.rows,
+            diagrams.shades(
+                [line[c] for line in cells], question.metric is None or question.metric.lower_is_better
+            ),
+            strict=True,
+        )
+        if shade not in ("m", "none")
+    }
+
+
+def _spread(section: _Section) -> diagrams.Spread | None:
+    key = section.asked.question.key
+    return diagrams.spread(
+        [
+            diagrams.Scores(row.label, cell.run.id, cell.primary.scores, row.baseline)
+            for row in section.table.rows
+            for cell in [row.cells.get(key)]
+            if cell is not None and cell.primary is not None
+        ]
+    )
 
 
 def _method_path(name: str) -> str:
@@ -556,7 +850,7 @@ def _environment_path(digest: str) -> str:
 
 def _sortable(value: float | None) -> str:
     """Return what a script sorts a cell by: the number, or nothing, which sorts last."""
-    return f"{value:.7g}" if value is not None and math.isfinite(value) else ""
+    return f"{value:.6g}" if value is not None and math.isfinite(value) else ""
 
 
 def _scores(metric: MetricValue) -> charts.Histogram | None:

@@ -9,7 +9,8 @@ import tempfile
 from pathlib import Path
 
 from methodbench.errors import MethodbenchError
-from methodbench_leaderboard.pages import MARKER, replace_folder
+from methodbench_leaderboard.manifest import MARKER
+from methodbench_leaderboard.pages import replace_folder
 
 #: Hosts that would otherwise leave out files whose names begin with an underscore look for this.
 NO_JEKYLL = ".nojekyll"

@@ -144,8 +144,8 @@ class Records:
         self.frame = _read_briefs(store)
         """One row per run, oldest first, with the fields of :class:`Brief`."""
         self.environments = store.environments()
-        self.digest = _digest(store)
-        """sha256 over every record."""
+        self.digest, self.seals = _digest(store)
+        """sha256 over every record, and the seal of each run by its id; empty where it has none."""
 
     def __len__(self) -> int:
         return len(self.frame)
@@ -313,13 +313,15 @@ def utc(moment: datetime) -> datetime:
     return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
 
 
-def _digest(store: Store) -> str:
-    """Return sha256 over the seals of all runs, or over all their columns where there is no seal yet."""
+def _digest(store: Store) -> tuple[str, dict[str, str]]:
+    """Return sha256 over the seals of all runs, or over all their columns where there is no seal yet; and the seals."""
     hasher = hashlib.sha256()
+    seals: dict[str, str] = {}
     unsealed: list[str] = []
     with store.engine.connect() as connection:
         for run_id, seal in connection.execute(select(_RUN.c.id, _RUN.c.seal).order_by(_RUN.c.id)):
             hasher.update(f"{run_id}\0{seal}\n".encode("utf-8", "surrogatepass"))
+            seals[run_id] = seal
             if not seal:
                 unsealed.append(run_id)
         for some in _chunks(unsealed):
@@ -328,7 +330,7 @@ def _digest(store: Store) -> str:
                     select(table).where(key.in_(some)).order_by(*table.primary_key)
                 ):
                     hasher.update(canonical_json([_plain(value) for value in row]).encode())
-    return hasher.hexdigest()
+    return hasher.hexdigest(), seals
 
 
 def _plain(value: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -190,7 +190,27 @@ def chain_interactions(store: Store, chain: str) -> list[ChainResult]:
         MethodbenchError: a link or the baseline has not run alone; names it.
     """
     runs = [run for run in store.runs() if run.status == "ok"]
-    chosen = _select(runs, chain)
+    results, missing = judge_chain(runs, _select(runs, chain), store.metrics)
+    if missing and not results:
+        raise MethodbenchError(
+            f"{split_use(chain)[0]}: no record of {missing} alone",
+            "Run every link alone with the settings that it has in the chain, and the baseline, on the same task.",
+        )
+    return results
+
+
+def judge_chain(
+    runs: Sequence[Run], chosen: Sequence[Run], metrics_of: Callable[[list[str]], Iterable[MetricValue]]
+) -> tuple[list[ChainResult], str]:
+    """Compare runs of one chain with its links and the baseline among ``runs``; see :func:`chain_interactions`.
+
+    Args:
+        runs: finished runs, oldest first.
+        metrics_of: returns the metrics of runs by their ids.
+
+    Returns:
+        One result for each model, task and variant, and what is missing for the first that could not be judged.
+    """
     by_question: dict[tuple[str, int], list[Run]] = {}
     for run in runs:
         by_question.setdefault((question(run), run.seed), []).append(run)
@@ -217,18 +237,11 @@ def chain_interactions(store: Store, chain: str) -> list[ChainResult]:
             missing = (
                 missing or f"{' and '.join(absent)} on {' · '.join(filter(None, [run.model, run.task]))}"
             )
-    if not groups:
-        raise MethodbenchError(
-            f"{split_use(chain)[0]}: no record of {missing} alone",
-            "Run every link alone with the settings that it has in the chain, and the baseline, on the same task.",
-        )
     wanted_runs = [run.id for group in groups.values() for row in group for run in row]
-    metrics: dict[str, MetricValue] = {row.run_id: row for row in store.metrics(wanted_runs) if row.primary}
+    metrics: dict[str, MetricValue] = {row.run_id: row for row in metrics_of(wanted_runs) if row.primary}
     results = [_interaction(group, metrics) for group in groups.values()]
-    return sorted(
-        (result for result in results if result is not None),
-        key=lambda row: (row.task, row.model, row.variant),
-    )
+    found = (result for result in results if result is not None)
+    return sorted(found, key=lambda row: (row.task, row.model, row.variant)), missing
 
 
 def _interaction(group: Sequence[Sequence[Run]], metrics: dict[str, MetricValue]) -> ChainResult | None:

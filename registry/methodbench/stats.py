@@ -477,8 +477,16 @@ class Friedman:
     """float64 [methods]; 1 is best."""
     critical_difference: float
     """Mean ranks that differ by more are told apart."""
-    pairwise_p: Array
-    """float64 [methods, methods], Nemenyi's p-values; 1 on the diagonal."""
+    tasks: int
+
+    @property
+    def pairwise_p(self) -> Array:
+        """float64 [methods, methods], Nemenyi's p-values; 1 on the diagonal."""
+        methods = self.mean_ranks.size
+        error = math.sqrt(methods * (methods + 1) / (6 * self.tasks))
+        apart = np.abs(self.mean_ranks[:, None] - self.mean_ranks[None, :]) / error * math.sqrt(2)
+        p_values: Array = np.clip(1 - studentized_range_cdf(apart, methods), 0.0, 1.0)
+        return p_values
 
 
 def friedman(values: Array, *, lower_is_better: bool, level: float = LEVEL) -> Friedman:
@@ -501,13 +509,12 @@ def friedman(values: Array, *, lower_is_better: bool, level: float = LEVEL) -> F
     correction = 1 - ties.sum() / (tasks * methods * (methods**2 - 1))
     statistic = float(spread / correction) if correction > 0 else 0.0
     error = math.sqrt(methods * (methods + 1) / (6 * tasks))
-    distance = np.abs(mean_ranks[:, None] - mean_ranks[None, :]) / error * math.sqrt(2)
     return Friedman(
         statistic=statistic,
         p_value=chi_square_tail(statistic, methods - 1),
         mean_ranks=mean_ranks,
         critical_difference=studentized_range_quantile(level, methods) / math.sqrt(2) * error,
-        pairwise_p=np.clip(1 - studentized_range_cdf(distance, methods), 0.0, 1.0),
+        tasks=tasks,
     )
 
 

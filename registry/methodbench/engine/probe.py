@@ -75,6 +75,30 @@ def describe(owner: str, implementation: str) -> dict[str, Any]:
     return answer
 
 
+def describe_all(implementations: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """Describe several implementations, by their owners; see :func:`describe`.
+
+    All that is not in the cache is asked of one child. What cannot be imported is left out.
+    """
+    keys = {
+        owner: digest(["describe", implementation, source_digest(implementation)])
+        for owner, implementation in implementations.items()
+    }
+    cached = _read_cache()
+    unknown = [owner for owner, key in keys.items() if key not in cached]
+    if unknown:
+        answers = _ask(
+            [
+                {"do": "describe", "owner": owner, "implementation": implementations[owner], "params": {}}
+                for owner in unknown
+            ]
+        )
+        fresh = {keys[owner]: answer for owner, answer in zip(unknown, answers, strict=True)}
+        cached.update(fresh)
+        _write_cache({key: answer for key, answer in fresh.items() if "doc" in answer})
+    return {owner: cached[key] for owner, key in keys.items() if "doc" in cached[key]}
+
+
 def _request(question: Question) -> dict[str, Any]:
     return {
         "owner": question.owner,
