@@ -58,6 +58,8 @@ class _Page:
     ids: set[str] = field(default_factory=set)
     links: list[tuple[int, str]] = field(default_factory=list)
     """Line and address of everything that is loaded or followed on this site."""
+    reads_fragment: bool = False
+    """Whether a script of the page takes the fragment for what to show, so that it names no place."""
 
 
 def check_site(folder: Path) -> list[Problem]:
@@ -107,6 +109,7 @@ def _read_page(path: Path, where: str, problems: list[Problem]) -> _Page:
     for node in document.query("*"):
         name, line = node.name.lower(), node.origin_line or 0
         attributes: Mapping[str, str | None] = node.attrs or {}
+        page.reads_fragment |= "data-reads-fragment" in attributes
         identifier = attributes.get("id")
         if identifier:
             if identifier in page.ids:
@@ -150,7 +153,9 @@ def _dead(address: str, page: Path, root: Path, pages: Mapping[Path, _Page]) -> 
         return f"the link {address[:200]!r} leads nowhere"
     fragment = unquote(parts.fragment)
     # A fragment with "=" is state that a script reads.
-    if fragment and "=" not in fragment and target in pages and fragment not in pages[target].ids:
+    if not fragment or "=" in fragment or target not in pages or pages[target].reads_fragment:
+        return ""
+    if fragment not in pages[target].ids:
         return f"the link {address[:200]!r} names a place that is not on its page"
     return ""
 

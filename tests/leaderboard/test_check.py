@@ -107,3 +107,12 @@ def test_the_command_lists_problems_and_exits_with_1(site, tmp_path, capsys):
 def test_a_folder_without_a_site_is_a_mistake(tmp_path):
     with pytest.raises(MethodbenchError, match="no site in"):
         check_site(tmp_path)
+
+
+def test_a_site_of_sharded_runs_is_whole(made_up, store, tmp_path, monkeypatch):
+    from methodbench_leaderboard import pages
+
+    monkeypatch.setattr(pages, "MOST_RUN_PAGES", 3)
+    site = pages.write_site(store, made_up.make_catalog(), tmp_path / "site").parent
+    assert (site / "run.html").is_file()
+    assert check_site(site) == []
