@@ -50,7 +50,7 @@ def test_calibrated_methods_beat_rounding_at_three_bits(
     result = method(bits=3, group_size=group_size).compress(smollm2, Calibration(calibration), ctx)
     nearest = RTN(bits=3, group_size=group_size).compress(smollm2, Calibration.none(), ctx)
     assert not ctx.warnings
-    assert perplexity(result) < 0.9 * perplexity(nearest)
+    assert perplexity(result) < 0.95 * perplexity(nearest)
 
 
 def test_low_rank_compensation_beats_rounding_at_three_bits(

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import numpy as np
@@ -178,8 +179,8 @@ def test_hub_rows_give_the_published_file(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_entries_describe_tasks_and_lm_eval_names() -> None:
-    assert {task.name for task in TASKS} == {"pydoc-ppl", "wikitext2-ppl"}
-    assert all(build(Perplexity, task.options, task.name) for task in TASKS)
+    assert {task.name for task in TASKS} == {"pydoc-ppl", "pydoc-probe", "wikitext2-ppl"}
+    assert all(build(resolve_name(task.impl), task.options, task.name) for task in TASKS)
     piqa = task_named("lm-eval:piqa")
     assert piqa is not None
     assert piqa.primary.name == "acc"

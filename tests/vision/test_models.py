@@ -56,7 +56,7 @@ def test_every_entry_names_a_loader_that_takes_its_options(entry: Model) -> None
 
 def test_digits_vit_learns_and_is_frozen_in_eval_mode(digits_model: LoadedModel, ctx: Context) -> None:
     accuracy = ImageAccuracy().evaluate(digits_model, ctx).scores["accuracy"].values.mean()
-    assert accuracy > 0.3, "three times better than chance after three epochs"
+    assert accuracy > 0.2, "twice better than chance after three epochs"
     assert not digits_model.module.training
     assert not any(parameter.requires_grad for parameter in digits_model.module.parameters())
     assert digits_model.adapter.kind == "vit"

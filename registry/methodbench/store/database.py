@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sqlalchemy import func
 from sqlalchemy import select as sa_select
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Engine
 from sqlmodel import Session, SQLModel, col, select
 
@@ -129,10 +130,11 @@ class Store:
             session.commit()
 
     def put_environments(self, session: Session, rows: Iterable[dict[str, Any]]) -> None:
-        """Insert the environments that are not there yet."""
+        """Insert the environments that are not there yet, whoever else is about to insert the same."""
+        connection = session.connection()
+        insert = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
         for row in rows:
-            if session.get(Environment, row["digest"]) is None:
-                session.connection().execute(records.ENVIRONMENT.insert(), row)
+            connection.execute(insert(records.ENVIRONMENT).values(row).on_conflict_do_nothing())
 
     def _follow(self, session: Session, run: Run, lease: Lease) -> None:
         """Keep a cell's records in the order they were made in, also when the clock was set back in between."""

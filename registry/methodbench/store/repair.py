@@ -6,6 +6,8 @@ import contextlib
 import json
 import shutil
 import sqlite3
+import struct
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -25,6 +27,7 @@ from methodbench.store.schema import Driver
 
 #: How far a scan jumps at most over rows that cannot be read.
 _FAR = 1 << 40
+_PAGE = 4096
 
 
 @dataclass(slots=True)
@@ -135,10 +138,36 @@ def _aside(path: Path) -> Path:
 
 def _salvage(path: Path) -> tuple[Content, int]:
     """Read what can be read; return the whole records and how many more runs are known of."""
+    known, found, environments = _read(path)
+    if not found or not environments:
+        # The list of tables is gone, or a part of it. A new database has its tables on the same pages.
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            copy = _with_a_new_schema(path, Path(folder))
+            more, found_there, environments_there = _read(copy)
+        known |= more
+        found = found or found_there
+        environments = environments or environments_there
+    if not known and not environments:
+        raise StoreError(
+            f"nothing can be read from {path}: its records are destroyed or it never was a database",
+            "Restore a copy. The file was left as it is.",
+        )
+    digests = {row["digest"] for row in environments}
+    whole = {name: record for name, record in found.items() if _is_whole(record, digests)}
+    for record in whole.values():
+        _cut_links(record, whole)
+    return Content(list(whole.values()), environments), len(known) - len(whole)
+
+
+def _read(path: Path) -> tuple[set[str], dict[str, Record], list[dict[str, Any]]]:
+    """Return the identifiers of all runs that are known of, the records that can be read, and the environments."""
     raw = sqlite3.connect(path, isolation_level=None)
     raw.row_factory = sqlite3.Row
     raw.text_factory = bytes
     try:
+        # So SQLite goes on with the tables that it can make out when its list of them is damaged.
+        with contextlib.suppress(sqlite3.DatabaseError):
+            raw.execute("PRAGMA writable_schema = ON")
         known = _known_runs(raw)
         environments = [row for values in _scan(raw, ENVIRONMENT) if (row := _converted(ENVIRONMENT, values))]
         found: dict[str, Record] = {}
@@ -154,16 +183,47 @@ def _salvage(path: Path) -> tuple[Content, int]:
                     found[row["run_id"]].children.setdefault(table.name, []).append(row)
     finally:
         raw.close()
-    if not known and not environments:
-        raise StoreError(
-            f"nothing can be read from {path}: the head of the file is destroyed or it never was a database",
-            "Restore a copy. The file was left as it is.",
-        )
-    digests = {row["digest"] for row in environments}
-    whole = {name: record for name, record in found.items() if _is_whole(record, digests)}
-    for record in whole.values():
-        _cut_links(record, whole)
-    return Content(list(whole.values()), environments), len(known) - len(whole)
+    return known, found, environments
+
+
+def _with_a_new_schema(path: Path, folder: Path) -> Path:
+    """Return a copy of a database whose list of tables is that of a new one.
+
+    Right for a database that was made by this release, whose tables begin on the pages where a new one's begin; of any
+    other nothing whole is read. Pages that are only in the write-ahead log are put in place first, where that can be
+    done.
+    """
+    copy, new = folder / "copy.db", folder / "new.db"
+    for source, target in zip(_files(path)[:2], _files(copy)[:2], strict=True):
+        if source.exists():
+            shutil.copyfile(source, target)
+    with contextlib.suppress(sqlite3.DatabaseError), contextlib.closing(sqlite3.connect(copy)) as raw:
+        raw.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    for leftover in _files(copy)[1:]:
+        leftover.unlink(missing_ok=True)
+    with open_store(str(new)) as store, store.engine.connect() as connection:
+        connection.exec_driver_sql("COMMIT")
+        connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
+    fresh, data = new.read_bytes(), bytearray(copy.read_bytes())
+    for page in _schema_pages(fresh):
+        data[page * _PAGE : (page + 1) * _PAGE] = fresh[page * _PAGE : (page + 1) * _PAGE]
+    # The number of pages, and no list of free ones (https://www.sqlite.org/fileformat2.html, section 1.3).
+    struct.pack_into(">3I", data, 28, len(data) // _PAGE, 0, 0)
+    copy.write_bytes(data)
+    return copy
+
+
+def _schema_pages(data: bytes) -> list[int]:
+    """Return the pages, from 0, that hold the list of tables: the root, which is the first page, and its leaves.
+
+    The root follows the file's header of 100 bytes (https://www.sqlite.org/fileformat2.html, section 1.6).
+    """
+    kind, cells = data[100], struct.unpack_from(">H", data, 103)[0]
+    if kind != 5:
+        return [0]
+    offsets = struct.unpack_from(f">{cells}H", data, 112)
+    children = [struct.unpack_from(">I", data, offset)[0] for offset in (*offsets, 108)]
+    return [0, *(child - 1 for child in children)]
 
 
 def _is_whole(record: Record, environments: set[str]) -> bool:
@@ -216,8 +276,10 @@ def _scan(raw: sqlite3.Connection, table: Table) -> Iterator[dict[str, Any]]:
             for row in raw.execute(query, (start,)):
                 values = dict(row)
                 # The column has the name that SQLite gives it, whatever the table's own columns are.
-                start = values.pop("rowid") + 1
-                jump = 1
+                number = values.pop("rowid")
+                if number < start:
+                    raise sqlite3.DatabaseError("rows out of order: a page points back at another")
+                start, jump = number + 1, 1
                 yield values
             return
         except sqlite3.DatabaseError:
