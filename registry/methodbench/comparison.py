@@ -104,18 +104,22 @@ def _sole(runs: Sequence[Run]) -> bool:
 
 
 def question(run: Run) -> str:
-    """Return what two runs of one seed must share for their difference to be about the methods alone."""
-    asked = (
-        "model",
-        "weights_digest",
-        "task",
-        "task_params",
-        "protocol",
-        "data_digest",
-        "dtype",
-        "device_class",
+    """Return what two runs of one seed must share for their difference to be about the methods alone.
+
+    It is read from the columns of the record: the identity of a record that others made may hold other fields.
+    """
+    return canonical_json(
+        {
+            "model": run.model,
+            "weights_digest": run.weights_digest,
+            "task": run.task,
+            "task_params": run.task_params,
+            "protocol": run.protocol,
+            "data_digest": run.data_digest,
+            "dtype": run.dtype,
+            "device_class": run.device.partition(":")[0],
+        }
     )
-    return canonical_json({name: run.identity[name] for name in asked})
 
 
 def _pair(runs_a: list[Run], runs_b: list[Run], metrics: dict[str, MetricValue]) -> PairedResult | None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from methodbench import api
@@ -25,6 +27,7 @@ from methodbench.errors import ClaimsError, UnknownNameError
 from methodbench.store import Store
 from methodbench.suite import Suite
 
+START = datetime(2026, 1, 1, tzinfo=UTC)
 GOOD = """\
 method = "noop"
 
@@ -209,6 +212,41 @@ def test_claims_are_judged_wherever_both_sides_answered_the_same_question(
     # A number on the right needs the left side alone, on both seeds.
     number = judged(store, catalog, right=1.5)
     assert [(c.seeds, c.verdict) for c in number.conditions] == [(2, "reproduced")]
+
+
+def test_records_of_strangers_are_judged_by_their_columns_whatever_their_identity_holds(
+    store: Store, catalog: Catalog, tmp_path: Path
+) -> None:
+    from methodbench.comparison import compare_methods
+    from methodbench.provenance import digest
+    from methodbench.store import Environment, MetricValue, Run, open_store
+    from methodbench.store.capsule import read_capsule, write_capsule
+    from methodbench.store.merging import content_of, merge
+
+    def add(number: int, variant: str, params: dict[str, Any], scores: list[float], **more: Any) -> None:
+        identity = {"made by": "somebody else", "number": number}
+        values = np.array(scores)
+        made = Run(
+            id=f"{number:012x}", cell_key=digest(identity), identity=identity, status="ok", method="noop",
+            kind="probe", family="f", variant=variant, params_passed=params, params={"value": 1.0, **params},
+            task="toy-value", task_params={}, protocol=1, environment_digest=digest({}), started_at=START, **more,
+        )  # fmt: skip
+        metric = MetricValue(
+            run_id=made.id, name="value", value=float(values.mean()), units=values.size, scores=values.tobytes(),
+            direction="higher", primary=True, aggregate="mean",
+        )  # fmt: skip
+        elsewhere.add(made, [metric], environment=Environment(digest=digest({}), captured_at=START, data={}))
+
+    with open_store(str(tmp_path / "elsewhere.db")) as elsewhere:
+        add(1, "one", {}, [1.0, 1.1, 0.9])
+        add(2, "twice", {"value": 2.0}, [2.0, 2.1, 1.9])
+        add(3, "twice", {"value": 2.0}, [0.0, 0.0, 0.0], data_digest="other data")
+        merge(store, read_capsule(write_capsule(content_of(elsewhere), tmp_path)))
+    result = judged(store, catalog)
+    assert [(c.left, c.right) for c in result.conditions] == [(2.0, 1.0)]
+    assert result.verdict == "reproduced"
+    (row,) = compare_methods(store, "noop@twice", "noop@one")
+    assert row.verdict == "win"
 
 
 def test_settings_beyond_the_preset_are_another_method_unless_they_are_free(

@@ -53,6 +53,11 @@ MAX_LINE_BYTES = 16 << 20
 MAX_VALUES = 50_000_000
 #: Deepest nesting of a JSON value.
 MAX_DEPTH = 64
+#: Columns of a run that its identity may repeat.
+_IN_IDENTITY = (
+    "method", "method_digest", "model", "weights_digest", "task", "task_params", "protocol", "data_digest", "seed",
+    "dtype", "threads",
+)  # fmt: skip
 
 _MANIFEST = "manifest.json"
 _NAME = re.compile(r"capsule-([0-9a-f]{64})\.zip")
@@ -384,7 +389,7 @@ def check_record(record: Record, environments: Iterable[str], runs: Iterable[str
         raise Refused(f"{name}: its environment is missing")
     if digest(run["identity"]) != run["cell_key"]:
         raise Refused(f"{name}: the key of its cell is not the digest of its identity")
-    for key in ("method", "model", "task", "seed", "dtype", "protocol", "method_digest", "weights_digest"):
+    for key in _IN_IDENTITY:
         if key in run["identity"] and run["identity"][key] != run[key]:
             raise Refused(f"{name}: {key} is not what its identity says")
     targets = {run["witness_of"]} - {None}
