@@ -23,6 +23,7 @@ from jinja2 import PackageLoader, StrictUndefined
 from methodbench import __version__
 from methodbench.catalog import Catalog
 from methodbench.claims import VERDICTS, commands_for
+from methodbench.contract import check_record_of
 from methodbench.engine.why import stale_runs
 from methodbench.entries import FIDELITIES, Method, Model, Task
 from methodbench.errors import MethodbenchError
@@ -625,6 +626,7 @@ class _Site:
         newest = self.records.briefs(runs.head(MOST_RUNS_OF_METHOD))
         claims, judged = self.evidence.claims(name), self.evidence.judged.get(name, [])
         chains = {chain: found for chain, found in self.evidence.chains.items() if name in _parts(chain)}
+        checked = check_record_of(entry, self.catalog) if entry else None
         view = {
             "section": "methods",
             "name": name,
@@ -640,6 +642,8 @@ class _Site:
             "more_commands": max(0, len(commands) - 12),
             "install": f"pip install '{distribution}{extra}'" if distribution else "",
             "parity": records_of(entry, self.catalog) if entry else [],
+            "checked": checked,
+            "checked_this": checked is not None and entry is not None and checked.is_of(entry),
             "described": self.evidence.descriptions.get(name),
             "idea": self.evidence.idea(name),
             "claims": claims,

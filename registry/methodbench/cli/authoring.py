@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import sys
 import textwrap
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,7 @@ from methodbench.cli.output import duration, echo_json, get_catalog, json_option
 from methodbench.kinds import KIND_NAMES
 
 if TYPE_CHECKING:
-    from methodbench.testing.checks import Result, Status
+    from methodbench.testing.checks import Result
 
 _MARKS = {
     "passed": ("ok  ", "green"),
@@ -63,21 +62,35 @@ def new(name: str, kind: str, paper: str, family: str, parent: Path) -> None:
     "--only", default="", metavar="PATTERN", help="Only checks whose name holds this, or matches it."
 )
 @click.option("--parity", is_flag=True, help="Also run the parity tests below the current folder.")
+@click.option(
+    "--record",
+    is_flag=True,
+    help="Write what came of them into the method's package, for `show` and its page.",
+)
 @click.option("--list", "listing", is_flag=True, help="List the checks without running them.")
 @json_option
 def check(
-    names: tuple[str, ...], everything: bool, only: str, parity: bool, listing: bool, as_json: bool
+    names: tuple[str, ...],
+    everything: bool,
+    only: str,
+    parity: bool,
+    record: bool,
+    listing: bool,
+    as_json: bool,
 ) -> int:
     """Check methods by their names; exit code 1 when a check fails.
 
     The checks follow from a method's entry alone: its metadata, its parameters, what its kind promises, the
     properties that it declares, and its scores on models whose right answer is known.
     """
+    from methodbench.contract import write_check_record
     from methodbench.errors import MethodbenchError, MissingExtraError
 
     catalog = get_catalog()
     if not names and not everything:
         raise MethodbenchError("no method is named", "Name one or more methods, or pass --all.")
+    if record and only:
+        raise MethodbenchError("--record keeps what came of all checks of a method", "Leave out --only.")
     for name in names:
         catalog.method(name)
     try:
@@ -97,10 +110,16 @@ def check(
             method = catalog.method(name)
             title = f"{click.style(name, bold=True)}  {method.kind}, {method.impl}"
             click.echo(("\n" if results else "") + title)
+        of_method = []
         for result in run_checks(checks[name], only):
-            results.append(result)
+            of_method.append(result)
             if not as_json:
                 _print(result)
+        results += of_method
+        if record:
+            method = catalog.method(name)
+            path = write_check_record(method, catalog, [result.outcome for result in of_method])
+            click.echo(f"  recorded in {path}", err=as_json)
     if not results:
         raise MethodbenchError(
             f"no check matches {only!r}", "`methodbench check NAME --list` lists the checks."
@@ -135,15 +154,9 @@ def _print(result: Result) -> None:
 
 
 def _summarize(results: list[Result]) -> None:
-    counts = Counter(result.status for result in results)
-    labels: dict[Status, str] = {
-        "passed": "passed",
-        "skipped": "skipped",
-        "expected-failure": "failed as expected",
-        "unexpected-pass": "passed unexpectedly",
-        "failed": "failed",
-    }
-    said = ", ".join(f"{counts[status]} {label}" for status, label in labels.items() if counts[status])
+    from methodbench.contract import counted
+
+    said = counted(result.status for result in results)
     good = all(result.good for result in results)
     total = duration(sum(result.seconds for result in results))
     click.echo("\n" + click.style(f"{said} in {total}", fg="green" if good else "red"))

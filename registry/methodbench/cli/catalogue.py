@@ -12,6 +12,7 @@ from methodbench.cli.output import db_option, echo_json, get_catalog, json_optio
 
 if TYPE_CHECKING:
     from methodbench.catalog import Catalog
+    from methodbench.contract import CheckRecord
     from methodbench.entries import Method, Model, SuiteFile, Task
     from methodbench.store import Witness
 
@@ -141,14 +142,22 @@ def _print_parameters(rows: list[dict[str, Any]]) -> None:
 
 
 def _show_method(catalog: Catalog, method: Method, as_json: bool) -> None:
+    from methodbench.contract import check_record_of
     from methodbench.entries import FIDELITIES
     from methodbench.parity import records_of
 
     parameters = _parameters(method.name, method.impl)
     records = records_of(method, catalog)
+    checked = check_record_of(method, catalog)
     if as_json:
-        compared = [dataclasses.asdict(record) for record in records]
-        echo_json({**dataclasses.asdict(method), "parameters": parameters, "parity_records": compared})
+        echo_json(
+            {
+                **dataclasses.asdict(method),
+                "parameters": parameters,
+                "parity_records": [dataclasses.asdict(record) for record in records],
+                "check_record": dataclasses.asdict(checked) if checked else None,
+            }
+        )
         return
     paper = method.paper
     click.secho(method.name, bold=True)
@@ -169,6 +178,7 @@ def _show_method(catalog: Catalog, method: Method, as_json: bool) -> None:
             ("needs", ", ".join(method.needs)),
             ("checked", FIDELITIES[method.fidelity] + (f": {method.parity}" if method.parity else "")),
             ("parity", "\n".join(record.summary() for record in records)),
+            ("contract", _contract(method, checked)),
             ("positions", method.positions),
             ("presets", "\n".join(f"{name}: {dict(values)}" for name, values in method.presets.items())),
             ("properties", ", ".join(method.properties)),
@@ -176,6 +186,15 @@ def _show_method(catalog: Catalog, method: Method, as_json: bool) -> None:
         ]
     )
     _print_parameters(parameters)
+
+
+def _contract(method: Method, checked: CheckRecord | None) -> str:
+    if checked is None:
+        return ""
+    changed = "" if checked.is_of(method) else "; the method has changed since"
+    lines = [f"{checked.summary()}, {checked.checked_on} with methodbench {checked.methodbench}{changed}"]
+    lines += [f"{one.name} {one.status}: {one.detail}" for one in checked.wrong]
+    return "\n".join([*lines, *(f"{one.name}: {one.detail}" for one in checked.scores)])
 
 
 def _show_entry(entry: Model | Task, implementation: str, as_json: bool) -> None:

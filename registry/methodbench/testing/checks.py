@@ -17,18 +17,17 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from methodbench import params
 from methodbench.catalog import IMPORT_BUDGET, Catalog, load_catalog
+from methodbench.contract import GOOD, Outcome, Status
 from methodbench.entries import Method
 from methodbench.errors import MissingExtraError, ParameterError
 from methodbench.parity import records_of
 from methodbench.properties import ALWAYS, PropertyError, parse
 from methodbench.protocols import KINDS
 from methodbench.testing.subject import Skip, Subject, require
-
-Status = Literal["passed", "failed", "skipped", "expected-failure", "unexpected-pass"]
 
 #: Modules that no plugin module may import: they cost more than everything else together.
 HEAVY = ("torch", "transformers", "timm", "numpy", "scipy", "sklearn", "pandas", "polars", "sqlmodel", "jax")
@@ -77,7 +76,15 @@ class Result:
     @property
     def good(self) -> bool:
         """Whether nothing has to be mended."""
-        return self.status in ("passed", "skipped", "expected-failure")
+        return self.status in GOOD
+
+    @property
+    def outcome(self) -> Outcome:
+        """The result as records keep it: without the place in the source, which is of this machine."""
+        first = self.detail.strip().partition("\n")[0]
+        return Outcome(
+            name=self.check.name, status=self.status, detail="" if first.startswith("at /") else first
+        )
 
 
 def contract_checks(name: str, catalog: Catalog | None = None, *, run_parity: bool = False) -> list[Check]:
