@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -335,6 +336,16 @@ def test_every_verdict_is_explained_and_every_field_is_described() -> None:
 
 
 INSTALLED = load_catalog()
+
+
+def test_every_method_of_a_paper_has_claims_that_say_where_its_numbers_were_read() -> None:
+    for name, method in INSTALLED.methods.items():
+        if method.paper is None:
+            continue
+        found = load_claims(INSTALLED, name)
+        for block in found.reported:
+            assert block.measured_by.startswith("the authors"), f"{name}: {block.measured_by}"
+            assert re.search(r"arXiv|README|paper|survey|abstract", block.source), f"{name}: {block.source}"
 
 
 @pytest.mark.parametrize("name", sorted(name for name, method in INSTALLED.methods.items() if method.claims))
