@@ -88,7 +88,7 @@ def test_a_record_that_is_damaged_counts_as_none(mine: Catalog, text: str) -> No
 
 def test_a_folder_that_cannot_be_written_is_told(mine: Catalog, tmp_path: Path) -> None:
     (tmp_path / "methodbench-my-method" / "methodbench_my_method" / "checks").write_text("a file")
-    with pytest.raises(MethodbenchError, match="cannot write .*my-method.json"):
+    with pytest.raises(MethodbenchError, match=r"cannot write .*my-method\.json"):
         write_check_record(mine.method("my-method"), mine, [GOOD])
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,6 +47,25 @@ class Vectors(Mapping[str, np.ndarray]):
 
         tensor = torch.from_numpy(np.array(self[name]))
         return tensor if dtype is None else tensor.to(dtype)
+
+
+def stated(text: str) -> list[float]:
+    """Return the numbers of a sentence in which ``meta`` states tolerances or settings; percentages as shares."""
+    found = re.findall(r"(?<![\w.])(\d+(?:\.\d+)?(?:e-?\d+)?) ?(%?)", text)
+    return [float(number) / (100 if percent else 1) for number, percent in found]
+
+
+def stated_by(text: str, pattern: str) -> float:
+    """Return the number that ``pattern`` captures in its first group; before a ``%`` sign, as a share.
+
+    Raises:
+        ValueError: the text states no such number.
+    """
+    match = re.search(pattern, text)
+    if match is None:
+        raise ValueError(f"nothing like {pattern!r} in {text!r}")
+    rest = text[match.end(1) :].lstrip()
+    return float(match[1]) / (100 if rest.startswith("%") else 1)
 
 
 def vectors_folder() -> Path:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from methodbench.testing.parity import Vectors
+from methodbench.testing.parity import Vectors, stated_by
 from methodbench.torchkit.quantizers import UniformGrid, groups_of
 from methodbench_quant.llm.abq_llm import (
     balanced_grid,
@@ -57,7 +57,9 @@ def test_weights_with_random_clipping_are_the_authors(vectors: Vectors) -> None:
 
 def test_weights_with_the_first_clipping_are_the_authors(vectors: Vectors) -> None:
     for case in weight_cases(vectors):
-        factor = torch.full_like(vectors.tensor(f"{case}_up"), 4.0)
+        factor = torch.full_like(
+            vectors.tensor(f"{case}_up"), stated_by(vectors.meta["notes"], r"factors (\d+)")
+        )
         grouped, grid = clipped(vectors, case, factor, factor)
         close(vectors, grid.snap(grouped).flatten(1), f"{case}_init")
 
@@ -86,9 +88,10 @@ def test_the_loss_and_its_parts_are_the_authors(vectors: Vectors) -> None:
     y, dense, on_inputs, p, p_dense = (
         vectors.tensor(f"loss_{name}") for name in ("y_q", "y_fp", "y_fp2", "P_q", "P_fp")
     )
+    tolerance = vectors.meta["tolerance"]
     parts = {float(vectors["loss_kl1"]), float(vectors["loss_kl2"])}
     ours = {float(mean_kl(p, p_dense).abs()), float(mean_kl(p_dense, p).abs())}
-    assert sorted(ours) == pytest.approx(sorted(parts), rel=1e-3, abs=1e-8)
+    assert sorted(ours) == pytest.approx(sorted(parts), rel=tolerance["rtol"], abs=tolerance["atol"])
     close(vectors, distribution_loss(y, dense, on_inputs, p, p_dense), "loss_total")
 
 

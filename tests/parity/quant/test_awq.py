@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from methodbench.context import Context
-from methodbench.testing.parity import Vectors
+from methodbench.testing.parity import Vectors, stated_by
 from methodbench.torchkit.adapters import LAYOUTS, Adapter, ScaleGroup
 from methodbench.torchkit.model import Calibration, LoadedModel
 from methodbench.torchkit.packed import PackedLinear
@@ -120,14 +120,15 @@ def test_the_clipping_thresholds_are_the_authors(vectors: Vectors) -> None:
     for group, search in searches.items():
         apply_scale(block, group, search.scale)
     found = method_of(vectors).search_clips(block, recorder, searches)
+    # Errors of neighbouring thresholds nearly tie; the notes say which share must be equal.
+    share = stated_by(vectors.meta["notes"], r">= ([\d.]+) % of clip values")
     expected = {
         name.removeprefix("clip."): vectors.tensor(name) for name in vectors if name.startswith("clip.")
     }
     assert found.keys() == expected.keys()
     for name, threshold in expected.items():
-        # Errors of neighbouring thresholds nearly tie; the vectors' notes ask for 95 % of equal choices.
         equal = torch.isclose(found[name].squeeze(-1), threshold, rtol=vectors.meta["tolerance"]["rtol"])
-        assert float(equal.float().mean()) >= 0.95, name
+        assert float(equal.float().mean()) >= share, name
 
 
 def test_scaling_alone_keeps_the_function(vectors: Vectors) -> None:
@@ -137,7 +138,8 @@ def test_scaling_alone_keeps_the_function(vectors: Vectors) -> None:
         before = block(x)
         for group, search in searches.items():
             apply_scale(block, group, search.scale)
-        torch.testing.assert_close(block(x), before, rtol=1e-4, atol=1e-4)
+        tolerance = vectors.meta["tolerance"]
+        torch.testing.assert_close(block(x), before, rtol=tolerance["rtol"], atol=tolerance["atol"])
 
 
 def test_the_compressed_block_holds_the_authors_weights_and_error(vectors: Vectors) -> None:
@@ -151,7 +153,7 @@ def test_the_compressed_block_holds_the_authors_weights_and_error(vectors: Vecto
         packed = isinstance(layer, PackedLinear)
         weight = layer.dequantize() if packed else layer.weight
         # Packed scales are fp16.
-        rtol = max(tolerance["rtol"], 2.0**-10) if packed else tolerance["rtol"]
+        rtol = max(tolerance["rtol"], torch.finfo(torch.float16).eps) if packed else tolerance["rtol"]
         equal = torch.isclose(weight, expected, rtol=rtol, atol=tolerance["atol"])
         assert float(equal.float().mean()) >= tolerance["min_match"], name
     with torch.no_grad():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from methodbench.testing.parity import Vectors
+from methodbench.testing.parity import Vectors, stated_by
 from methodbench_quant.llm import outlier_metrics as m
 
 pytestmark = pytest.mark.vectors("quant", "outlier_metrics")
@@ -69,6 +69,7 @@ def test_kurtosis(vectors: Vectors) -> None:
 
 def test_the_fit_predicts_the_reference_curve(vectors: Vectors) -> None:
     curve = m.fit_training_curve(vectors["fit_t"], vectors["fit_y"])
-    # Tolerances of the vectors' meta for the fit: predictions 1e-2, R2 1e-3.
-    np.testing.assert_allclose(curve(vectors["fit_t"]), vectors["fit_pred"], rtol=1e-2)
-    assert curve.r2 == pytest.approx(float(vectors["fit_r2"]), abs=1e-3)
+    limits = vectors.meta["tolerance"]
+    predicted, explained = (stated_by(limits, rf"{word} \(\D*([\d.e-]+)\)") for word in ("predictions", "R2"))
+    np.testing.assert_allclose(curve(vectors["fit_t"]), vectors["fit_pred"], rtol=predicted)
+    assert curve.r2 == pytest.approx(float(vectors["fit_r2"]), abs=explained)

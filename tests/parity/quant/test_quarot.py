@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from methodbench.testing.parity import Vectors
+from methodbench.testing.parity import Vectors, stated
 from methodbench.torchkit.hadamard import hadamard, hadamard_transform, signed_hadamard
 from methodbench.torchkit.quantizers import Convention, UniformGrid, find_grid, find_grid_by_mse
 from methodbench.torchkit.rotation import rotate_heads_out
@@ -21,15 +21,14 @@ pytestmark = pytest.mark.vectors("quant", "quarot")
 
 def tolerances(vectors: Vectors, kind: str) -> list[float]:
     """Return the numbers of a tolerance that ``meta`` gives in words; percentages as shares."""
-    found = re.findall(r"([\d.]+(?:e-?\d+)?)(%?)", vectors.meta["tolerance"][kind])
-    return [float(number) / (100 if percent else 1) for number, percent in found]
+    return stated(vectors.meta["tolerance"][kind])
 
 
 def assert_quantized(vectors: Vectors, ours: Tensor, theirs: Tensor, scale: Tensor) -> None:
     rtol, share = tolerances(vectors, "quant")[:2]
     close = torch.isclose(ours, theirs, rtol=rtol, atol=rtol)
     assert float((~close).float().mean()) <= share
-    assert bool(((ours - theirs).abs() <= 1.01 * scale).all())
+    assert bool((((ours - theirs) / scale).round().abs() <= 1).all())
 
 
 def test_every_table_equals_the_authors(vectors: Vectors) -> None:
@@ -74,7 +73,7 @@ def test_activation_grids_equal_the_authors(vectors: Vectors, grid: str) -> None
         x, hyper["act_bits"], conventions[symmetric, grouped], symmetric=symmetric, clip=(clip, clip)
     )
     scale = vectors.tensor(f"act_{grid}_scale").view_as(found.scale)
-    torch.testing.assert_close(found.scale, scale, rtol=1e-6, atol=0)
+    torch.testing.assert_close(found.scale, scale, rtol=tolerances(vectors, "quant")[0], atol=0)
     if found.zero is not None:
         assert torch.equal(found.zero, vectors.tensor(f"act_{grid}_zero").view_as(found.zero))
     assert_quantized(vectors, found.snap(x), expected, scale)
@@ -99,7 +98,7 @@ def test_weight_grids_equal_the_authors(vectors: Vectors) -> None:
             else find_grid(weight, bits, convention, symmetric=symmetric)
         )
         scale = vectors.tensor(f"{name}_scale")
-        torch.testing.assert_close(grid.scale, scale, rtol=1e-6, atol=0)
+        torch.testing.assert_close(grid.scale, scale, rtol=tolerances(vectors, "quant")[0], atol=0)
         if grid.zero is not None:
             assert torch.equal(grid.zero, vectors.tensor(f"{name}_zero")), name
         assert_quantized(vectors, grid.snap(weight), vectors.tensor(name), scale)
@@ -121,12 +120,13 @@ def test_the_toy_block_is_fused_and_rotated_like_the_authors(vectors: Vectors) -
         "down_W": down,
         "down_b": rotation.T @ before("down_b"),
     }
-    centred = bool((vectors.tensor("toy_E1").double() - ours["E"]).abs().max() < 1e-4)
-    if not centred:
+    (atol,) = tolerances(vectors, "hadU")
+    # The authors centre the embedding where the norms had a mean; the vectors do not say which kind they hold.
+    if not torch.allclose(vectors.tensor("toy_E1").double(), ours["E"], rtol=0, atol=atol):
         ours["E"] = before("E") @ rotation
     for name, weight in ours.items():
         expected = vectors.tensor(f"toy_{name}1")
-        torch.testing.assert_close(weight.float(), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(weight.float(), expected, rtol=0, atol=atol, msg=name)
 
 
 def test_value_heads_are_rotated_like_the_authors(vectors: Vectors) -> None:
@@ -134,7 +134,8 @@ def test_value_heads_are_rotated_like_the_authors(vectors: Vectors) -> None:
     size = int(name.removeprefix("toy_v_W1_headdim"))
     rotation = hadamard_transform(torch.eye(size, dtype=torch.float64))[None]
     ours = rotate_heads_out(vectors.tensor("toy_v_W0").double(), rotation)
-    torch.testing.assert_close(ours.float(), vectors.tensor(name), rtol=1e-5, atol=1e-5)
+    (atol,) = tolerances(vectors, "hadU")
+    torch.testing.assert_close(ours.float(), vectors.tensor(name), rtol=0, atol=atol)
 
 
 def test_gptq_on_the_authors_grid(vectors: Vectors) -> None:
@@ -142,7 +143,8 @@ def test_gptq_on_the_authors_grid(vectors: Vectors) -> None:
     hessian = Hessian(torch.zeros(vectors["gptq_H"].shape))
     for batch in vectors.tensor("gptq_X"):
         add_batch(hessian, batch)
-    torch.testing.assert_close(hessian.matrix, vectors.tensor("gptq_H"), rtol=1e-4, atol=1e-4)
+    atol, share = tolerances(vectors, "gptq")
+    torch.testing.assert_close(hessian.matrix, vectors.tensor("gptq_H"), rtol=atol, atol=atol)
     convention: Literal["absmax", "gptq"] = "absmax" if options["sym"] else "gptq"
     rounded = gptq(
         vectors.tensor("gptq_W"),
@@ -154,7 +156,7 @@ def test_gptq_on_the_authors_grid(vectors: Vectors) -> None:
         percdamp=options["percdamp"],
         blocksize=options["block"],
     )
-    torch.testing.assert_close(rounded.quantized.scale, vectors.tensor("gptq_scale"), rtol=1e-6, atol=0)
-    atol, share = tolerances(vectors, "gptq")
+    rtol = tolerances(vectors, "quant")[0]
+    torch.testing.assert_close(rounded.quantized.scale, vectors.tensor("gptq_scale"), rtol=rtol, atol=0)
     close = torch.isclose(rounded.dequantize(), vectors.tensor("gptq_Wq"), rtol=0, atol=atol)
     assert float(close.float().mean()) >= share

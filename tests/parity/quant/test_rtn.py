@@ -106,4 +106,9 @@ def test_packing_keeps_the_authors_values_to_the_precision_of_the_scales(vectors
     for match in named(vectors, r"awq_w(\d+)_group"):
         quantized = quantize(weight, int(match[1]), group_size=vectors.meta["group_size"])
         packed = PackedLinear.from_quantized(quantized)
-        torch.testing.assert_close(packed.dequantize(), vectors.tensor(match[0]), rtol=2.0**-10, atol=1e-6)
+        torch.testing.assert_close(
+            packed.dequantize(),
+            vectors.tensor(match[0]),
+            rtol=torch.finfo(torch.float16).eps,
+            atol=vectors.meta["tolerance"]["atol"],
+        )

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from methodbench.testing.parity import Vectors
+from methodbench.testing.parity import Vectors, stated_by
 from methodbench_quant.llm.gptq import Hessian, add_batch
 from methodbench_quant.llm.shiftaddllm import (
+    _LAT_COLUMNS,
     apot,
     fit,
     greedy_start,
@@ -52,7 +53,7 @@ def test_sums_of_powers_are_the_authors(vectors: Vectors) -> None:
     names = variants(vectors, r"apot(\d+)()")
     assert names
     for name, terms, _ in names:
-        torch.testing.assert_close(apot(x, terms), vectors.tensor(name), rtol=1e-6, atol=0)
+        torch.testing.assert_close(apot(x, terms), vectors.tensor(name))
 
 
 def test_groups_get_the_authors_codes(vectors: Vectors) -> None:
@@ -93,7 +94,10 @@ def test_plain_binary_coding_is_the_authors(vectors: Vectors) -> None:
 
 def test_the_hessian_is_the_authors(vectors: Vectors) -> None:
     theirs = vectors.tensor("H", torch.float32)
-    torch.testing.assert_close(hessian_of(vectors), theirs, rtol=1e-4, atol=1e-5 * float(theirs.abs().max()))
+    tolerance, scale = vectors.meta["tolerance"], float(theirs.abs().max())
+    torch.testing.assert_close(
+        hessian_of(vectors), theirs, rtol=tolerance["rtol"], atol=tolerance["atol"] * scale
+    )
 
 
 def coded(vectors: Vectors, mode: str, bits: int, rescaled: bool) -> Tensor:
@@ -103,7 +107,9 @@ def coded(vectors: Vectors, mode: str, bits: int, rescaled: bool) -> Tensor:
         weight, hessian, r = rescale(weight, hessian)
     rows = weight.shape[0] if meta["groupsize"] == -1 else meta["groupsize"]
     options: dict[str, Any] = (
-        {"tile": 8, "row_blocks": [rows // 8]} if mode == "lat" else {"row_blocks": [rows]}
+        {"tile": _LAT_COLUMNS, "row_blocks": [rows // _LAT_COLUMNS]}
+        if mode == "lat"
+        else {"row_blocks": [rows]}
     )
     (code,) = shift_add(
         [weight],
@@ -129,7 +135,8 @@ def test_error_feedback_gives_the_authors_weights_and_errors(vectors: Vectors, m
         error = float((x @ (ours - weight).T).square().mean())
         expected = float(vectors["mse" + name.removeprefix("w")])
         assert error == pytest.approx(expected, rel=tolerance["mse_rtol"]), name
-        # The alternating rounds amplify last-bit differences: the vectors' notes ask for 90 %.
-        assert matching(ours, vectors.tensor(name), tolerance) >= 0.9, name
-        if bits == 3:
-            assert error < float(vectors["mse_rowbcq_b3"]) < float(vectors["mse_colbcq_b3"])
+        # The alternating rounds amplify last-bit differences: the notes say which share must match.
+        share = stated_by(vectors.meta["notes"], r"w_\*.*min_match (\d+\.\d+)")
+        assert matching(ours, vectors.tensor(name), tolerance) >= share, name
+        if f"mse_rowbcq_b{bits}" in vectors:
+            assert error < float(vectors[f"mse_rowbcq_b{bits}"]) < float(vectors[f"mse_colbcq_b{bits}"])

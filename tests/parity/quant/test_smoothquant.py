@@ -114,12 +114,13 @@ def test_outputs_are_those_of_the_authors(
         y = fake_quantize(y, a_bits, granularity=granularity)
     expected = vectors.tensor(output)
     # One activation that rounds the other way moves every output of its token by a fraction of a step.
-    equal = torch.isclose(y, expected, **vectors.meta["tolerance"])
-    assert float(equal.float().mean()) >= 0.99
+    equal = torch.isclose(y, expected, **vectors.meta["tolerance"]).all(-1)
+    assert int((~equal).sum()) <= 1
 
 
 def test_smoothing_keeps_the_function(vectors: Vectors) -> None:
     before, after, x = behind_layer_norm(vectors), smoothed(vectors), vectors.tensor("X")
     close(after.fc0(after.norm(x)), vectors, "y0_smooth_fp")
-    torch.testing.assert_close(after.fc0(after.norm(x)), before.fc0(before.norm(x)), rtol=1e-4, atol=1e-4)
+    ours, dense = after.fc0(after.norm(x)), before.fc0(before.norm(x))
+    torch.testing.assert_close(ours, dense, **vectors.meta["tolerance"])
     close(before.fc0(before.norm(x)), vectors, "y_fp")

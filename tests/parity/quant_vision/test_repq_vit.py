@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import pytest
@@ -11,7 +10,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from methodbench.context import Context
-from methodbench.testing.parity import Vectors
+from methodbench.testing.parity import Vectors, stated_by
 from methodbench.torchkit.adapters import detect
 from methodbench.torchkit.model import Calibration, LoadedModel
 from methodbench_quant.vit.repq_vit import (
@@ -41,9 +40,7 @@ def close(actual: Tensor, vectors: Vectors, name: str) -> None:
 
 def bound(vectors: Vectors, name: str, pattern: str) -> float:
     """A number out of the sentence in which the vectors state a tolerance."""
-    match = re.search(pattern, vectors.meta["tolerance"][name])
-    assert match is not None, vectors.meta["tolerance"][name]
-    return float(match[1])
+    return stated_by(vectors.meta["tolerance"][name], pattern)
 
 
 def check_quantizer(grouped: Tensor, layout: Any, vectors: Vectors, prefix: str, bits: int) -> None:

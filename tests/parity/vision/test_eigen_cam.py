@@ -78,7 +78,7 @@ def test_per_channel_maps_differ_from_the_legacy_code_only_in_signs_of_channels(
             assert set(signs.flatten().tolist()) <= {-1.0, 1.0}, batch
             assert relative_error((parts @ signs).view_as(theirs).float(), theirs) <= tolerance, batch
             together = first_projection(activation[None], "per_channel")[0]
-            torch.testing.assert_close(together, channels.sum(0), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(together, channels.sum(0), rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize(("weighting", "key"), [("none", "eigencam"), ("grad", "eigengradcam")])
