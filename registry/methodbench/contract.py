@@ -105,8 +105,10 @@ def counted(statuses: Iterable[Status]) -> str:
 def check_record_of(method: Method, catalog: Catalog) -> CheckRecord | None:
     """Return the record that ships with the method's plugin; None where there is none that can be read."""
     path = _path(method, catalog)
+    if path is None:
+        return None
     try:
-        data = json.loads(path.read_text(encoding="utf-8")) if path else None
+        data = json.loads(path.read_text(encoding="utf-8"))
         return CheckRecord(**{**data, "outcomes": tuple(_outcome(one) for one in data["outcomes"])})
     except (OSError, ValueError, TypeError, KeyError):
         return None
