@@ -189,6 +189,8 @@ def _cell(cell: Cell, run_path: Callable[[str], str]) -> dict[str, Any]:
             if name != primary.metric.name
         }
         said |= {"others": others} if others else {}
+    if cell.difference is not None:
+        said["difference"] = cell.difference.difference
     said |= {short: cell.mean(name) for name, short in _COSTS.items()}
     return {name: value for name, value in said.items() if value is not None}
 

@@ -357,12 +357,15 @@ class Curve:
     label: str
     run_id: str
     seeds: list[NDArray[np.float64]]
+    key: str = ""
+    """What the page calls the configuration by."""
 
 
 @dataclass(frozen=True, slots=True)
 class CurveLine:
     label: str
     run_id: str
+    key: str
     style: int
     path: str
     band: str
@@ -420,7 +423,9 @@ def curve_chart(curves: Sequence[Curve], *, width: float = 560, height: float = 
             band = "M" + "L".join(upper + lower[::-1]) + "Z"
         path = _path(xs, mean[keep], y)
         lines.append(
-            CurveLine(curve.label, curve.run_id, style, path, band, len(curve.seeds), float(mean[-1]))
+            CurveLine(
+                curve.label, curve.run_id, curve.key, style, path, band, len(curve.seeds), float(mean[-1])
+            )
         )
     return CurveChart(
         width, height, left, right, top, bottom, lines, x.ticks(6), y.ticks(5), y.log,

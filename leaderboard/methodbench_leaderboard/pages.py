@@ -497,7 +497,7 @@ class _Site:
                 for series in curves_of.get(run.id, ()):
                     seeds[series.name].append(series.points())
             for name, points in seeds.items():
-                by_name[name].append(charts.Curve(row.label, cell.run.id, points))
+                by_name[name].append(charts.Curve(row.label, cell.run.id, points, boarddata.row_id(row)))
         drawn = [(name, charts.curve_chart(curves)) for name, curves in sorted(by_name.items())]
         return [(name, chart) for name, chart in drawn if chart is not None]
 

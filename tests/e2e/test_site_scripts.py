@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from methodbench import stats
+from methodbench_leaderboard import charts, diagrams, formats
 from methodbench_leaderboard.aggregate import Row, Table, make_boards
 from methodbench_leaderboard.boarddata import row_id
 from methodbench_leaderboard.records import Records
@@ -207,6 +208,156 @@ def test_a_chart_is_drawn_with_other_axes_and_for_what_is_left(open_page):
     page.wait_for_function("!location.hash")
     assert figure.locator("svg a").count() == before
     assert "bits per weight" in figure.locator("svg title").first.text_content()
+
+
+def _labelled(figure) -> list[str]:
+    return [text.split("\n")[0] for text in figure.locator("svg text.name.end > title").all_text_contents()]
+
+
+def test_a_forest_plot_is_drawn_again_for_what_is_left(open_page, table):
+    page = open_page(BOARD)
+    figure = page.locator("figure[data-chart=forest][data-of='1']")
+    whole = figure.inner_html()
+    page.get_by_label("Find").fill("b3")
+    _when(page, "are among these")
+    question = table.questions[1]
+    kept = [row for row in table.rows if row.baseline or "b3" in row.variant]
+    cells = [(row, row.cells[question.key]) for row in kept]
+    expected = charts.forest_chart(
+        [
+            charts.Whisker(
+                row.label, "", cell.primary.value, cell.primary.low, cell.primary.high, row.baseline
+            )
+            for row, cell in cells
+        ]
+    )
+    assert _labelled(figure) == [row.label for row in kept]
+    middles = figure.locator("svg circle").evaluate_all(
+        "all => all.map(each => Number(each.getAttribute('cx')))"
+    )
+    assert middles == pytest.approx([line.at for line in expected.lines], abs=0.11)
+    ends = figure.locator("svg line.iv").evaluate_all(
+        "all => all.map(each => [Number(each.getAttribute('x1')), Number(each.getAttribute('x2'))])"
+    )
+    assert np.array(ends) == pytest.approx(
+        np.array([[line.low, line.high] for line in expected.lines]), abs=0.11
+    )
+    page.get_by_role("button", name="Reset").click()
+    _when(page, "among all rows")
+    assert figure.inner_html() == whole
+
+
+def test_mean_ranks_and_the_heat_map_are_drawn_again_for_what_is_left(open_page, table):
+    page = open_page(BOARD)
+    mean_ranks, heat = (page.locator(f"figure[data-chart={name}]") for name in ("critical", "heat"))
+    whole = mean_ranks.inner_html(), heat.inner_html()
+    page.get_by_label("Find").fill("b3")
+    _when(page, "are among these")
+    kept = [row for row in _ranked(table) if "b3" in row.variant]
+    values = np.array(
+        [
+            [
+                row.cells[question.key].primary.value * (1 if question.metric.lower_is_better else -1)
+                for question in table.questions
+            ]
+            for row in kept
+        ]
+    )
+    expected = diagrams.critical_difference([row.label for row in kept], values)
+    caption = mean_ranks.locator("figcaption").inner_text()
+    assert f"critical difference {formats.number(expected.distance)};" in caption
+    assert f"over {len(kept)} configurations: p = {formats.number(expected.p_value)})" in caption
+    assert _titles(mean_ranks.locator("svg text.name")) == [item.label for item in expected.methods]
+    places = mean_ranks.locator("svg path.lead").evaluate_all(
+        "all => all.map(each => each.getAttribute('d').match(/^M([\\d.]+),/)[1]).map(Number)"
+    )
+    assert places == pytest.approx([item.x for item in expected.methods], abs=0.11)
+    shown = [*table.baselines, *kept]
+    wanted = [
+        shade
+        for row in zip(
+            *(
+                diagrams.shades(
+                    [_heat_cell(row.cells[question.key], question) for row in shown],
+                    question.metric.lower_is_better,
+                )
+                for question in table.questions
+            ),
+            strict=True,
+        )
+        for shade in row
+    ]
+    assert heat.locator("rect").evaluate_all("all => all.map(each => each.getAttribute('class'))") == wanted
+    page.get_by_label("Find").fill("round b")
+    _when(page, "3 of ")
+    assert "fewer than three" in mean_ranks.locator("figcaption").inner_text()
+    assert not mean_ranks.locator("svg").count()
+    page.get_by_role("button", name="Reset").click()
+    _when(page, "among all rows")
+    assert (mean_ranks.inner_html(), heat.inner_html()) == whole
+
+
+def _titles(texts) -> list[str]:
+    return [text.locator("title").text_content() for text in texts.all()]
+
+
+def _heat_cell(cell, question) -> diagrams.HeatCell:
+    sign = -1.0 if question.metric.lower_is_better else 1.0
+    better = None if cell.difference is None else sign * cell.difference.difference
+    return diagrams.HeatCell(cell.primary.value, better, "")
+
+
+def test_shades_of_a_script_are_those_of_the_builder(open_page):
+    page = open_page(BOARD)
+    rng = np.random.default_rng(4)
+    for lower in (True, False):
+        for compared in (True, False):
+            values = np.round(rng.normal(size=17), 1)
+            values[3], values[4] = np.inf, -np.inf
+            cells: list[diagrams.HeatCell | None] = [
+                diagrams.HeatCell(
+                    float(value), float(-value) if compared and np.isfinite(value) and n % 3 else None, ""
+                )
+                for n, value in enumerate(values)
+            ]
+            cells[5] = None
+            sent = [
+                cell and {"value": str(cell.value).replace("inf", "Infinity"), "better": cell.difference}
+                for cell in cells
+            ]
+            found = page.evaluate(
+                """([cells, lower]) => methodbenchCharts.shades(cells.map((cell) => cell && {
+                  value: Number(cell.value), better: cell.better === null ? undefined : cell.better}), lower)""",
+                [sent, lower],
+            )
+            assert found == diagrams.shades(cells, lower)
+
+
+def test_the_tasks_that_are_chosen_make_the_mean_ranks(open_page):
+    page = open_page(f"{BOARD}#task=text-ppl")
+    page.wait_for_function("document.documentElement.dataset.updated")
+    assert "two tasks" in page.locator("figure[data-chart=critical] figcaption").inner_text()
+    assert "tasks are left" in page.locator("figure[data-chart=heat] figcaption").inner_text()
+
+
+def test_curves_of_hidden_rows_are_hidden(open_page):
+    page = open_page("boards/descend.html#q=walk")
+    _when(page, "are among these")
+    figures = page.locator("figure[data-chart=curves]")
+    assert figures.count() == 2
+    for figure in figures.all():
+        assert figure.locator("path.curve[data-line]:not([hidden])").count() == 1
+        assert figure.locator("ul.legend li:visible a").all_inner_texts() == ["walk"]
+    page.get_by_role("button", name="Reset").click()
+    _when(page, "among all rows")
+    assert figures.first.locator("ul.legend li:visible").count() == 3
+
+
+def test_what_has_no_score_is_listed_for_what_is_left(open_page):
+    page = open_page(f"{BOARD}#q=round")
+    _when(page, "are among these")
+    assert page.locator(".missing li").count() > page.locator(".missing li:visible").count() > 0
+    assert all("round" in text for text in page.locator(".missing li:visible").all_inner_texts())
 
 
 def test_a_cell_is_copied_as_value_command_latex_or_bibtex(open_page, table):

@@ -225,3 +225,33 @@ def test_rank_intervals_are_the_same_numbers(ask, how, kind, lower):
 def test_a_front_is_the_same(ask):
     points = np.random.default_rng(2).integers(0, 6, (25, 2)).astype(np.float64)
     assert ask([("paretoFront", [points])])[0] == stats.pareto_front(points).tolist()
+
+
+def test_mean_ranks_and_their_test_are_the_same(ask):
+    rng = np.random.default_rng(11)
+    for methods, tasks in ((2, 2), (3, 5), (12, 6), (40, 3)):
+        values = rng.normal(size=(methods, tasks))
+        # Ties, and methods that diverged.
+        values[:, 0] = np.round(values[:, 0])
+        values[: methods // 3, 1] = np.inf
+        found = ask([("friedman", [values])])[0]
+        expected = stats.friedman(values, lower_is_better=True)
+        _close(found["meanRanks"], expected.mean_ranks)
+        _close(found["statistic"], expected.statistic)
+        np.testing.assert_allclose(found["pValue"], expected.p_value, rtol=1e-8)
+        _close(found["criticalDifference"], expected.critical_difference)
+    equal = ask([("friedman", [np.ones((4, 3))])])[0]
+    assert (equal["statistic"], equal["pValue"]) == (0, 1)
+
+
+def test_distributions_behind_the_tests_are_the_same(ask):
+    points = [-3.0, -0.5, 0.0, 0.1, 1.0, 2.499, 2.5, 4.0, 12.0]
+    np.testing.assert_allclose(
+        ask([("erfc", [x]) for x in points]), [math.erfc(x) for x in points], rtol=1e-11
+    )
+    tails = [(x, degrees) for x in (0.0, 0.3, 7.0, 80.0) for degrees in (1, 2, 5, 40)]
+    found = ask([("chiSquareTail", list(case)) for case in tails])
+    np.testing.assert_allclose(found, [stats.chi_square_tail(*case) for case in tails], rtol=1e-10)
+    cases = [(0.95, 2), (0.95, 10), (0.99, 5), (0.9, 100)]
+    quantiles = ask([("studentizedRangeQuantile", list(case)) for case in cases])
+    _close(quantiles, [stats.studentized_range_quantile(*case) for case in cases])

@@ -27,7 +27,8 @@
     return {
       node, table, rows, lines, columns, tasks: table.dataset.tasks.trim().split(" "), compact: table.classList.contains("compact"),
       figures: Array.from(node.querySelectorAll("figure[data-pareto]")),
-      originals: new Map(), drawn: new Map(),
+      charts: Array.from(node.querySelectorAll("figure[data-chart]")),
+      originals: new Map(), shaded: new Map(), drawn: new Map(),
       order: columns.map((column) => column.cell.getAttribute("aria-sort")),
     };
   });
@@ -246,8 +247,135 @@
       svg.dataset.name = place.dataset.name;
       place.replaceWith(svg);
     }
+    const without = points.filter((point) => !Number.isFinite(point.cost) || !Number.isFinite(point.quality)).map((point) => point.label);
+    writeLeftOut(figure, svg && without.length ? " Not drawn, for want of finite numbers: " + without.slice(0, 8).join(", ")
+      + (without.length > 8 ? " and " + (without.length - 8) + " more" : "") + "." : "");
     figure.querySelector(".axes-note").textContent = svg ? "" : "Fewer than two points have both numbers.";
     if (!svg) place.replaceChildren(...Array.from(place.querySelectorAll("title, desc")));
+  }
+
+  function writeLeftOut(figure, text) {
+    const place = figure.querySelector(".left-out");
+    if (figure.leftOut === undefined) figure.leftOut = place.textContent;
+    place.textContent = text === null ? figure.leftOut : text;
+  }
+
+  // Puts a chart of what is left in the place of that of all rows, or says why there is none.
+  function replaceFigure(figure, svg, caption) {
+    if (!figure.kept) figure.kept = Array.from(figure.childNodes);
+    figure.replaceChildren(...(svg ? [element("div", { class: "scroll" }, svg)] : []), element("figcaption", {}, caption));
+  }
+
+  function restoreFigure(figure) {
+    if (!figure.kept) return;
+    figure.replaceChildren(...figure.kept);
+    delete figure.kept;
+  }
+
+  // Rows of which something is said on a question: what is left, and the baselines.
+  function scoredRows(data, question, visible) {
+    return data.rows.flatMap((row, place) => {
+      const cell = data.cell(place, question);
+      return cell && cell.value !== undefined && (row.baseline || visible.has(row.id)) ? [[row, cell]] : [];
+    });
+  }
+
+  const MOST_FOREST = 40;
+
+  const draw = {
+    forest(section, data, figure, visible) {
+      const asked = data.questions[Number(figure.dataset.of)];
+      const rows = scoredRows(data, Number(figure.dataset.of), visible).slice(0, MOST_FOREST);
+      const svg = charts.forest(rows.map(([row, cell]) => ({
+        label: row.label, path: section.table.dataset.root + cell.path, value: cell.value, low: cell.low, high: cell.high, baseline: row.baseline,
+      })), asked.metric);
+      const pinned = rows.some(([row, cell]) => row.baseline && Number.isFinite(cell.value));
+      replaceFigure(figure, svg, svg
+        ? "Mean over units with 95 % bootstrap intervals" + (pinned ? "; dashed: baseline." : ".")
+        : "Fewer than two of the configurations that are left have a finite value.");
+    },
+    critical(section, data, figure, visible, questions) {
+      const rows = data.rows.flatMap((row, place) =>
+        (!row.baseline && row.positions === figure.dataset.positions && visible.has(row.id) ? [[row, place]] : []));
+      const values = rows.map(([, place]) => questions.map((question) => {
+        const cell = data.cell(place, question);
+        if (!data.questions[question].how || !cell || cell.value === undefined) return NaN;
+        return cell.value * (data.questions[question].lower ? 1 : -1);
+      }));
+      const scored = questions.map((question, at) => values.some((row) => !Number.isNaN(row[at])));
+      const found = charts.critical(rows.map(([row]) => row.label), values.map((row) => row.filter((value, at) => scored[at])));
+      if (!found) {
+        replaceFigure(figure, null, "No mean ranks: fewer than three of the configurations that are left have a value on each of two tasks or more.");
+        return;
+      }
+      const { tasks, criticalDifference, pValue, compared, drawn, leftOut } = found;
+      replaceFigure(figure, found.svg, "Mean rank over " + tasks + " tasks, best at the left"
+        + (figure.dataset.positions ? "; positions: " + figure.dataset.positions : "")
+        + ". Bars join what Nemenyi’s test does not tell apart at 5 % (critical difference " + number(criticalDifference)
+        + "; Friedman’s test over " + compared + " configurations: p = " + number(pValue) + ")."
+        + (compared > drawn ? " The best " + drawn + " are drawn." : "")
+        + (leftOut ? " " + leftOut + " without a value on every task " + (leftOut === 1 ? "is" : "are") + " left out." : ""));
+    },
+    heat(section, data, figure, visible, questions) {
+      const rows = data.rows.flatMap((row, place) => (row.baseline || visible.has(row.id) ? [[row, place]] : []));
+      const cells = rows.map(([, place]) => questions.map((question) => heatCell(section, data, place, question)));
+      const found = charts.heat(rows.map(([row]) => row.label), questions.map((question) => {
+        const { task, suffix, lower } = data.questions[question];
+        return { name: suffix ? task + " " + suffix : task, lower };
+      }), cells);
+      replaceFigure(figure, found && found.svg, !found ? "Fewer than two configurations or tasks are left." : (found.againstBaseline
+        ? "Blue: better than the first baseline; orange: worse; the fuller the colour, the larger the difference, on a scale of its own for each task."
+        : "By place on each task: blue is best, orange is worst.")
+        + (found.leftOut ? " " + found.leftOut + " more rows are in the table." : ""));
+    },
+    // Curves do not depend on one another: those of hidden rows are hidden.
+    curves(section, data, figure, visible) {
+      const stays = new Set([...visible, ...data.rows.filter((row) => row.baseline).map((row) => row.id)]);
+      showLines(figure, (id) => stays.has(id));
+    },
+  };
+
+  function showLines(figure, stays) {
+    const lines = Array.from(figure.querySelectorAll("[data-line]"));
+    for (const line of lines) line.toggleAttribute("hidden", !stays(line.dataset.line));
+    figure.hidden = lines.every((line) => line.hasAttribute("hidden"));
+  }
+
+  function heatCell(section, data, place, question) {
+    const cell = data.cell(place, question), { lower, how } = data.questions[question];
+    if (!cell || cell.value === undefined || !how) return null;
+    const better = cell.difference === undefined ? undefined : (lower ? -1 : 1) * cell.difference;
+    return { value: cell.value, better, path: section.table.dataset.root + cell.path };
+  }
+
+  // Charts of one question follow the rows, those over all tasks the tasks as well.
+  function drawCharts(section, data, wanted, restricted, visible) {
+    const questions = section.tasks.flatMap((task, question) => (!wanted.tasks.size || wanted.tasks.has(task) ? [question] : []));
+    for (const figure of section.charts) {
+      const across = ["critical", "heat"].includes(figure.dataset.chart);
+      if (restricted || (across && wanted.tasks.size)) draw[figure.dataset.chart](section, data, figure, visible, questions);
+      else if (figure.dataset.chart === "curves") showLines(figure, () => true);
+      else restoreFigure(figure);
+    }
+    if (section.compact) shadeCells(section, data, restricted, visible);
+    for (const line of section.node.querySelectorAll(".missing li[data-of]")) line.hidden = restricted && !visible.has(line.dataset.of);
+  }
+
+  function shadeCells(section, data, restricted, visible) {
+    for (const [cell, name] of section.shaded) cell.className = name;
+    section.shaded.clear();
+    if (!restricted) return;
+    for (const { at, kind, question } of section.columns) {
+      if (kind !== "value") continue;
+      const rows = scoredRows(data, question, visible).map(([row]) => row);
+      const found = charts.shades(rows.map((row) => heatCell(section, data, data.rows.indexOf(row), question)), data.questions[question].lower);
+      rows.forEach((row, n) => {
+        const line = section.lines.get(row.id), cell = line && line.cells[at];
+        if (!cell) return;
+        section.shaded.set(cell, cell.className);
+        cell.className = ["m", "none"].includes(found[n]) ? "" : found[n];
+      });
+    }
   }
 
   function nameCharts() {
@@ -295,15 +423,17 @@
           if (!drawn.includes(figure) && svg !== figure.original) {
             svg.replaceWith(figure.original);
             figure.querySelector(".axes-note").textContent = "";
+            writeLeftOut(figure, null);
           }
         }
-        const data = restricted || drawn.length ? await load(section.table.dataset.root, section.table.dataset.src) : null;
+        const fewer = restricted || (wanted.tasks.size > 0 && section.charts.length > 0);
+        const data = fewer || drawn.length ? await load(section.table.dataset.root, section.table.dataset.src) : null;
         if (turn !== turns) return;
         if (!restricted) {
           for (const rows of section.rows.values()) for (const row of rows) row.hidden = false;
           restoreRanks(section);
         }
-        const visible = new Set(data ? data.rows.filter((row) => suits(row, wanted)).map((row) => row.id) : []);
+        const visible = new Set(data ? data.rows.filter((row) => !restricted || suits(row, wanted)).map((row) => row.id) : []);
         if (restricted) {
           const ranks = [];
           for (let question = 0; question < section.tasks.length; question++) {
@@ -325,10 +455,8 @@
           for (const [question, found] of ranks) writeRanks(section, data, question, found);
         }
         for (const figure of drawn) drawChart(section, data, figure, visible);
+        drawCharts(section, data, wanted, restricted, visible);
         sort(section);
-        for (const figure of section.node.querySelectorAll("figure:not([data-pareto]) figcaption")) {
-          markWhole(figure, restricted);
-        }
       }
     } catch (error) {
       status.textContent = "The data of this board cannot be loaded; it is shown unfiltered.";
@@ -350,15 +478,6 @@
       return;
     }
     site.sort(section.table, first.cell, first.cell.dataset.sorts === "up");
-  }
-
-  function markWhole(caption, restricted) {
-    let mark = caption.querySelector(".whole");
-    if (!mark && restricted) {
-      mark = element("span", { class: "whole" }, " All configurations are drawn.");
-      caption.append(mark);
-    }
-    if (mark) mark.hidden = !restricted;
   }
 
   // --- copying cells --------------------------------------------------------------------------------------------

@@ -167,5 +167,154 @@
     return svg;
   }
 
-  window.methodbenchCharts = { pareto, scatter };
+  const cut = (text, length) => (text.length > length ? text.slice(0, length - 1).trimEnd() + "…" : text);
+
+  // An empty chart without a frame, named by its title and description.
+  function picture(role, width, height, title, description, attributes) {
+    const name = "drawn-" + (++made);
+    return drawing("svg", { class: "chart", viewBox: "0 0 " + width + " " + height, role, "aria-labelledby": name + "-t " + name + "-d", ...attributes },
+      drawing("title", { id: name + "-t" }, title), drawing("desc", { id: name + "-d" }, description));
+  }
+
+  function name(text, length, attributes) {
+    return drawing("text", { class: "name", ...attributes }, cut(text, length), drawing("title", {}, text));
+  }
+
+  // Values with their intervals below one another. items: {label, path, value, low, high, baseline}.
+  function forest(items, label) {
+    if (items.filter((item) => Number.isFinite(item.value)).length < 2) return null;
+    const width = 560, height = 50 + 22 * items.length;
+    const left = Math.min(196, 16 + CHARACTER * Math.max(...items.map((item) => item.label.length))), right = width - 66;
+    const has = (item) => Number.isFinite(item.low) && Number.isFinite(item.high);
+    const x = makeScale(items.flatMap((item) => [item.value, ...(has(item) ? [item.low, item.high] : [])]), left, right, 12);
+    if (!x) return null;
+    const words = (item) => item.label + ": " + number(item.value) + (has(item) ? ", " + number(item.low) + " to " + number(item.high) : "");
+    const svg = picture("group", width, height, label + " with 95 % intervals", items.map(words).join(". ") + ".");
+    const pinned = items.find((item) => item.baseline && Number.isFinite(item.value));
+    if (pinned) svg.append(drawing("line", { class: "ref", x1: x(pinned.value), x2: x(pinned.value), y1: 10, y2: height - 36 }));
+    items.forEach((item, place) => {
+      const y = 24 + 22 * place, base = item.baseline ? " base" : "";
+      svg.append(name(item.label, 28, { class: "name end", x: left - 10, y: y + 4 }),
+        drawing("line", { class: "rail", x1: left, x2: right, y1: y, y2: y }));
+      if (!Number.isFinite(item.value)) {
+        svg.append(drawing("text", { class: "tick", x: left + 4, y: y - 2 }, number(item.value)));
+        return;
+      }
+      const [low, high] = has(item) ? [item.low, item.high] : [item.value, item.value];
+      svg.append(drawing("a", { href: item.path, "aria-label": words(item) },
+        drawing("line", { class: "iv" + base, x1: x(low), x2: x(high), y1: y, y2: y }),
+        drawing("circle", { class: "pt" + base, cx: x(item.value), cy: y, r: 4 }, drawing("title", {}, words(item)))),
+      drawing("text", { class: "tick", x: right + 8, y: y + 4 }, number(item.value)));
+    });
+    for (const value of x.ticks(4)) svg.append(drawing("text", { class: "tick mid", x: x(value), y: height - 20 }, tickLabel(value)));
+    svg.append(drawing("text", { class: "lab mid", x: (left + right) / 2, y: height - 3 }, label + (x.log ? ", log scale" : "")));
+    return svg;
+  }
+
+  const MOST_RANKED = 24;
+
+  // Mean ranks over tasks, and which Nemenyi's test does not tell apart. values [methods][tasks], lower is better.
+  function critical(labels, values) {
+    const whole = values.flatMap((row, place) => (row.some(Number.isNaN) ? [] : [place]));
+    if (!values.length || values[0].length < 2 || whole.length < 3) return null;
+    const found = window.methodbenchStats.friedman(whole.map((place) => values[place]));
+    const all = whole.map((place, n) => ({ label: labels[place], rank: found.meanRanks[n] }));
+    // Ranks that are equal but for the order of summation are in the order of their labels.
+    const shown = all.sort((a, b) => (Math.abs(a.rank - b.rank) > 1e-9 ? a.rank - b.rank : a.label < b.label ? -1 : 1)).slice(0, MOST_RANKED);
+    const groups = [];
+    shown.forEach((first, a) => {
+      let b = a;
+      while (b + 1 < shown.length && shown[b + 1].rank - first.rank <= found.criticalDifference) b++;
+      if (b > a && (!groups.length || b > groups[groups.length - 1][1])) groups.push([a, b]);
+    });
+    const width = 640, margin = 18 + CHARACTER * Math.min(26, Math.max(...shown.map((item) => item.label.length)));
+    const left = margin, right = width - margin, axis = 52, levels = axis + 14 + 9 * groups.length, half = Math.ceil(shown.length / 2);
+    const start = Math.floor(shown[0].rank), end = Math.max(Math.ceil(shown[shown.length - 1].rank), start + 1);
+    const x = (value) => Math.round((left + (Math.min(Math.max(value, start), end) - start) / (end - start) * (right - left)) * 10) / 10;
+    const named = ([a, b]) => shown.slice(a, b + 1).map((item) => item.label).join(", ");
+    const svg = picture("img", width, levels + 10 + 20 * half, "Critical-difference diagram: mean rank over " + found.tasks + " tasks",
+      shown.map((item) => item.label + ": " + number(item.rank)).join(". ") + ". " + groups.map((group) => "Not told apart: " + named(group) + ".").join(" "));
+    svg.append(drawing("line", { class: "iv base", x1: left, x2: x(start + found.criticalDifference), y1: 18, y2: 18 }),
+      drawing("text", { class: "lab", x: left, y: 11 }, "critical difference " + number(found.criticalDifference)),
+      drawing("line", { class: "axis", x1: left, x2: right, y1: axis, y2: axis }));
+    for (const value of tickValues(start, end, false, 8)) {
+      svg.append(drawing("line", { class: "axis", x1: x(value), x2: x(value), y1: axis - 5, y2: axis }),
+        drawing("text", { class: "tick mid", x: x(value), y: axis - 9 }, tickLabel(value)));
+    }
+    shown.forEach(({ label, rank }, place) => {
+      const near = place < half, y = levels + 10 + 20 * (near ? place : shown.length - 1 - place);
+      svg.append(drawing("path", { class: "lead", d: "M" + x(rank) + "," + axis + "V" + y + "H" + (near ? left - 6 : right + 6) }),
+        name(label, 26, { class: near ? "name end" : "name", x: near ? left - 10 : right + 10, y: y + 4 }));
+    });
+    groups.forEach(([a, b], level) => {
+      const y = axis + 14 + 9 * level;
+      svg.append(drawing("line", { class: "clique", x1: x(shown[a].rank) - 4, x2: x(shown[b].rank) + 4, y1: y, y2: y },
+        drawing("title", {}, "Not told apart: " + named([a, b]))));
+    });
+    return { svg, ...found, compared: all.length, drawn: shown.length, leftOut: labels.length - all.length };
+  }
+
+  const SHADES = 3, MOST_LINES = 30;
+
+  function shade(share) {
+    const step = Math.min(SHADES, Math.floor(Math.abs(share) * SHADES + 0.5));
+    return step ? (share > 0 ? "b" : "w") + step : "m";
+  }
+
+  // Linear between the sorted values, as the builder has it.
+  function quantile(values, share) {
+    const sorted = Float64Array.from(values).sort(), at = share * (sorted.length - 1), below = Math.floor(at);
+    return below + 1 < sorted.length ? sorted[below] + (at - below) * (sorted[below + 1] - sorted[below]) : sorted[below];
+  }
+
+  // Shades of the cells {value, better} of one task, null where there is none: by the difference to the baseline on
+  // both sides of zero, else by the place among the values.
+  function shades(cells, lower) {
+    const known = cells.filter((cell) => cell && !Number.isNaN(cell.value));
+    const differences = known.flatMap((cell) => (cell.better === undefined ? [] : [Math.abs(cell.better)]));
+    if (differences.length) {
+      const sizes = differences.filter((size) => size <= LARGEST), reach = sizes.length ? quantile(sizes, 0.9) : 0;
+      return cells.map((cell) => {
+        if (!known.includes(cell)) return "none";
+        if (!Number.isFinite(cell.value)) return ((cell.value > 0) === lower ? "w" : "b") + SHADES;
+        return shade(reach ? (cell.better || 0) / reach : 0);
+      });
+    }
+    const order = [...new Set(known.map((cell) => cell.value))].sort((a, b) => (lower ? a - b || 0 : b - a || 0));
+    return cells.map((cell) => {
+      if (!known.includes(cell)) return "none";
+      return order.length > 1 ? shade(1 - 2 * order.indexOf(cell.value) / (order.length - 1)) : "m";
+    });
+  }
+
+  // Methods by tasks. columns: {name, lower}; cells [rows][columns] of {value, better, path} or null.
+  function heat(labels, columns, cells) {
+    if (labels.length < 2 || columns.length < 2) return null;
+    const shown = labels.slice(0, MOST_LINES), byColumn = columns.map(({ lower }, c) => shades(cells.map((line) => line[c]), lower));
+    const left = 16 + CHARACTER * Math.min(28, Math.max(...shown.map((label) => label.length))), width = 78, height = 26;
+    const top = 20 + 0.72 * CHARACTER * Math.min(24, Math.max(...columns.map((column) => column.name.length)));
+    const reach = 0.72 * CHARACTER * Math.min(24, columns[columns.length - 1].name.length);
+    const whole = left + width * columns.length + Math.max(8, reach - width / 2);
+    const svg = picture("img", whole, top + height * shown.length + 4, "Methods by tasks",
+      "Values of " + shown.length + " configurations on " + columns.length + " tasks, as in the table above.", { class: "chart heat", width: whole });
+    columns.forEach((column, c) => svg.append(name(column.name, 24, {
+      transform: "translate(" + (left + width * (c + 0.5) - 6) + " " + (top - 6) + ") rotate(-40)" })));
+    shown.forEach((label, r) => {
+      svg.append(name(label, 28, { class: "name end", x: left - 8, y: top + height * r + 17 }));
+      columns.forEach((column, c) => {
+        const cell = cells[r][c], x = left + width * c, y = top + height * r;
+        if (!cell) {
+          svg.append(drawing("text", { class: "tick mid", x: x + width / 2, y: y + 17 }, "–"));
+          return;
+        }
+        const said = Number.isFinite(cell.better)
+          ? drawing("title", {}, number(Math.abs(cell.better)) + (cell.better < 0 ? " worse" : " better") + " than the baseline") : null;
+        svg.append(drawing("a", { href: cell.path }, drawing("rect", { class: byColumn[c][r], x, y, width: width - 1, height: height - 1 }),
+          drawing("text", { class: "name mid", x: x + width / 2, y: y + 17 }, cut(number(cell.value), 11), said)));
+      });
+    });
+    return { svg, againstBaseline: cells.some((line) => line.some((cell) => cell && cell.better !== undefined)), leftOut: labels.length - shown.length };
+  }
+
+  window.methodbenchCharts = { pareto, scatter, forest, critical, heat, shades };
 })();

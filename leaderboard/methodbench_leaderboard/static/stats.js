@@ -361,9 +361,94 @@
       !points.some(([x, y]) => x <= cost && y <= loss && (x < cost || y < loss)));
   }
 
+  // --- over tasks -----------------------------------------------------------------------------------------------
+
+  // The complementary error function: a series of positive terms near zero, a continued fraction in the tail
+  // (Abramowitz & Stegun 1964, 7.1.6 and 7.1.14).
+  function erfc(x) {
+    if (x < 0) return 2 - erfc(-x);
+    if (x > 27) return 0;
+    if (x < 2.5) {
+      let term = 2 * x / Math.sqrt(Math.PI) * Math.exp(-x * x), sum = 0;
+      for (let n = 1; term > 1e-17 * sum; n++) {
+        sum += term;
+        term *= 2 * x * x / (2 * n + 1);
+      }
+      return 1 - sum;
+    }
+    let fraction = x;
+    for (let n = 80; n > 0; n--) fraction = x + n / 2 / fraction;
+    return Math.exp(-x * x) / Math.sqrt(Math.PI) / fraction;
+  }
+
+  function chiSquareTail(statistic, degrees) {
+    const half = statistic / 2, odd = degrees % 2;
+    let tail = odd ? erfc(Math.sqrt(half)) : 0;
+    let term = odd ? Math.exp(-half) * Math.sqrt(half / Math.PI) * 2 : Math.exp(-half);
+    for (let step = 0; step < Math.floor(degrees / 2); step++) {
+      tail += term;
+      term *= half / ((odd ? 1.5 : 1) + step);
+    }
+    return Math.min(tail, 1);
+  }
+
+  const quantiles = new Map();
+
+  // q such that the range of so many standard normals is at most q with probability level.
+  function studentizedRangeQuantile(level, groups) {
+    const name = level + "/" + groups;
+    if (quantiles.has(name)) return quantiles.get(name);
+    const steps = 1200, width = 18 / steps, normal = (z) => erfc(-z / Math.SQRT2) / 2;
+    const grid = Float64Array.from({ length: steps + 1 }, (unused, n) => -9 + n * width), below = grid.map(normal);
+    const probability = (q) => {
+      let sum = 0;
+      for (let n = 0; n <= steps; n++) {
+        sum += Math.exp(-grid[n] * grid[n] / 2) * Math.pow(below[n] - normal(grid[n] - q), groups - 1);
+      }
+      return groups * width / Math.sqrt(2 * Math.PI) * sum;
+    };
+    // The false position (Illinois), which needs a quarter of the evaluations of bisection.
+    let low = 0, high = 10, under = -level, over = probability(high) - level, q = high, side = 0;
+    for (let n = 0; n < 60 && high - low > 1e-13 * high; n++) {
+      q = (low * over - high * under) / (over - under);
+      const off = probability(q) - level;
+      if (Math.abs(off) < 1e-15) break;
+      if (off < 0) [low, under, over] = [q, off, side < 0 ? over / 2 : over];
+      else [high, over, under] = [q, off, side > 0 ? under / 2 : under];
+      side = Math.sign(off);
+    }
+    quantiles.set(name, q);
+    return q;
+  }
+
+  // Friedman's test with ties and Nemenyi's critical difference; rows are methods, columns tasks, lower is better.
+  function friedman(rows, level) {
+    const methods = rows.length, tasks = rows[0].length, meanRanks = new Float64Array(methods);
+    let ties = 0;
+    for (let task = 0; task < tasks; task++) {
+      const order = Array.from(rows.keys()).sort((a, b) => rows[a][task] - rows[b][task] || a - b);
+      for (let first = 0, last; first < methods; first = last) {
+        last = first + 1;
+        while (last < methods && rows[order[last]][task] === rows[order[first]][task]) last++;
+        const count = last - first;
+        for (let n = first; n < last; n++) meanRanks[order[n]] += (first + last + 1) / 2 / tasks;
+        ties += count ** 3 - count;
+      }
+    }
+    const around = meanRanks.reduce((sum, rank) => sum + (rank - (methods + 1) / 2) ** 2, 0);
+    const correction = 1 - ties / (tasks * methods * (methods * methods - 1));
+    const statistic = correction > 0 ? 12 * tasks / (methods * (methods + 1)) * around / correction : 0;
+    return {
+      statistic, pValue: chiSquareTail(statistic, methods - 1), meanRanks, tasks,
+      criticalDifference: studentizedRangeQuantile(level === undefined ? LEVEL : level, methods) / Math.SQRT2
+        * Math.sqrt(methods * (methods + 1) / (6 * tasks)),
+    };
+  }
+
   const api = {
     DRAWS, LEVEL, SEED, randomWords, resampledAggregates, aggregate, reduce, bootstrapInterval, bootstrapIntervals,
     differenceInterval, pairedDifference, permutationTest, rankIntervals, ranksOfDraws, worstFilled, paretoFront,
+    chiSquareTail, erfc, friedman, studentizedRangeQuantile,
   };
   if (typeof module === "object" && module.exports) module.exports = api;
   else globalThis.methodbenchStats = api;

@@ -28,7 +28,7 @@
       const scores = unshuffled(new Uint8Array(await (await inflate(packedScores)).arrayBuffer()));
       table.at = new Map();
       for (const cell of table.cells) {
-        for (const field of ["value", "low", "high"]) if (field in cell) cell[field] = Number(cell[field]);
+        for (const field of ["value", "low", "high", "difference"]) if (field in cell) cell[field] = Number(cell[field]);
         for (const other of Object.values(cell.others || {})) other.value = Number(other.value);
         if ("at" in cell) cell.scores = scores.subarray(cell.at, cell.at + cell.units);
         table.at.set(cell.row + "/" + cell.question, cell);
