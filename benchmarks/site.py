@@ -28,13 +28,13 @@ TASKS, SEEDS, UNITS = 20, 5, 32
 START = datetime(2026, 1, 1, tzinfo=UTC)
 
 
-def fill(path: Path, runs: int, *, methods: int = 100) -> None:
-    """Write ``runs`` made-up runs of up to ``methods`` methods on 20 tasks and 5 seeds to a new database."""
+def fill(path: Path, runs: int, *, methods: int = 100, tasks: int = TASKS) -> None:
+    """Write ``runs`` made-up runs of up to ``methods`` methods on ``tasks`` tasks and 5 seeds to a new database."""
     from methodbench.store import Environment, MetricValue, Run, open_store
 
     rng = np.random.default_rng(runs)
-    methods = min(methods, max(1, runs // (TASKS * SEEDS)))
-    base = rng.normal(3.0, 0.3, (TASKS, UNITS))
+    methods = min(methods, max(1, runs // (tasks * SEEDS)))
+    base = rng.normal(3.0, 0.3, (tasks, UNITS))
     with open_store(str(path)) as store, store.engine.begin() as connection:
         connection.execute(
             insert(Environment),
@@ -44,7 +44,7 @@ def fill(path: Path, runs: int, *, methods: int = 100) -> None:
             rows, metrics = [], []
             for number in range(first, min(first + 10_000, runs)):
                 seed, rest = number % SEEDS, number // SEEDS
-                task, rest = rest % TASKS, rest // TASKS
+                task, rest = rest % tasks, rest // tasks
                 method, model = rest % methods, rest // methods
                 identifier = f"{number:012x}"
                 scores = base[task] + 0.01 * method + rng.normal(0, 0.05, UNITS)
