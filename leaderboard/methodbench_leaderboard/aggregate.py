@@ -30,7 +30,7 @@ from methodbench.stats import (
     rank_intervals,
 )
 from methodbench.store import MetricValue
-from methodbench_leaderboard.formats import slug
+from methodbench_leaderboard.formats import kind_title, slug
 from methodbench_leaderboard.records import METRIC_FIELDS, Brief, MetricInfo, Records, metric_info
 
 Array = NDArray[np.float64]
@@ -181,7 +181,9 @@ class Board:
 
     @property
     def title(self) -> str:
-        return f"{self.family.title}: {self.model_kind}" if self.model_kind else self.family.title
+        if not self.model_kind:
+            return self.family.title
+        return f"{self.family.title}: {kind_title(self.model_kind)}"
 
     def missing(self, table: Table, catalog: Catalog) -> list[Missing]:
         """Return the cells of a table that have no score for every seed."""

@@ -400,7 +400,7 @@ def curve_chart(curves: Sequence[Curve], *, width: float = 560, height: float = 
     shown = usable[:MOST_CURVES]
     if not shown:
         return None
-    left, right, top, bottom = 56.0, width - 12, 14.0, height - 46
+    left, right, top, bottom = 56.0, width - 12, 20.0, height - 46
     summaries = [_over_seeds(curve.seeds) for curve in shown]
     steps = max(mean.size for mean, _, _ in summaries)
     everything = np.concatenate([part for summary in summaries for part in summary])

@@ -6,6 +6,7 @@ import ast
 import contextlib
 import inspect
 import json
+import math
 import tokenize
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -25,7 +26,7 @@ from methodbench.errors import MethodbenchError
 from methodbench.provenance import module_file
 from methodbench.store import MetricValue, Run
 from methodbench_leaderboard import diagrams, formats
-from methodbench_leaderboard.aggregate import Question, Row
+from methodbench_leaderboard.aggregate import Cell, Estimate, Question, Row, Table
 from methodbench_leaderboard.records import Records
 
 #: Runs of a chain and of what stands beside it that are compared.
@@ -187,6 +188,95 @@ def _docstring(path: Path) -> str:
             if token.type not in (tokenize.ENCODING, tokenize.COMMENT, tokenize.NL):
                 break
     return ""
+
+
+@dataclass(frozen=True, slots=True)
+class Counterpart:
+    """What stands beside a number of a paper: a configuration here with the same settings, and what is not the same."""
+
+    row: Row
+    question: Question
+    cell: Cell
+    estimate: Estimate
+    untouched: Estimate | None
+    """The first baseline on the same question."""
+    differs: tuple[tuple[str, Any, Any], ...]
+    """Hyperparameters that the paper states and this configuration has otherwise: name, there, here."""
+    beyond: tuple[tuple[str, Any], ...]
+    """Hyperparameters that the paper's table does not state and that are not the defaults."""
+
+
+def counterparts(
+    found: Claims, results: Iterable[tuple[Table, Row]], defaults: Mapping[str, Any]
+) -> dict[tuple[int, int], Counterpart]:
+    """Return the configuration nearest to each reported number, by places of its block and of the number in it.
+
+    The nearest has most of the stated hyperparameters, at least one, then the fewest that are neither stated nor the
+    defaults. Numbers whose setting the file does not give as hyperparameters have none.
+
+    Args:
+        results: the configurations of the method, each with the table that it stands in.
+        defaults: of the method's hyperparameters.
+    """
+    scored = [
+        (table, row, question, estimate)
+        for table, row in results
+        for question in table.questions
+        if question.key in row.cells
+        for estimate in row.cells[question.key].estimates.values()
+        if math.isfinite(estimate.value)
+    ]
+    pairs = {}
+    for at, block in enumerate(found.reported):
+        name = block.measured_as or block.metric
+        candidates = [item for item in scored if item[3].metric.name == name]
+        for place, reported in enumerate(block.values):
+            stated = found.settings.get(reported.setting, {})
+            if not stated or reported.metric:
+                continue
+            nearest = min(candidates, key=lambda item: _distance(item[1], stated, defaults), default=None)
+            if nearest is not None and any(
+                nearest[1].params.get(key) == value for key, value in stated.items()
+            ):
+                pairs[at, place] = _counterpart(*nearest, stated, defaults)
+    return pairs
+
+
+def _distance(row: Row, stated: Mapping[str, Any], defaults: Mapping[str, Any]) -> tuple[int, int]:
+    other = sum(row.params.get(key) != value for key, value in stated.items())
+    return other, len(_beyond(row, stated, defaults))
+
+
+def _beyond(row: Row, stated: Mapping[str, Any], defaults: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+    return tuple(
+        (key, value)
+        for key, value in sorted(row.params.items())
+        if key not in stated and key in defaults and defaults[key] != value
+    )
+
+
+def _counterpart(
+    table: Table,
+    row: Row,
+    question: Question,
+    estimate: Estimate,
+    stated: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+) -> Counterpart:
+    untouched = next(
+        (
+            cell.estimates[estimate.metric.name]
+            for baseline in table.baselines
+            for cell in [baseline.cells.get(question.key)]
+            if cell is not None and estimate.metric.name in cell.estimates
+        ),
+        None,
+    )
+    differs = tuple(
+        (key, value, row.params.get(key)) for key, value in stated.items() if row.params.get(key) != value
+    )
+    beyond = _beyond(row, stated, defaults)
+    return Counterpart(row, question, row.cells[question.key], estimate, untouched, differs, beyond)
 
 
 @dataclass(frozen=True, slots=True)

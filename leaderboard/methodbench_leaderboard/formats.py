@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
@@ -159,6 +160,43 @@ def shorten(text: Any, length: int = 60) -> str:
     """Return ``text`` cut to ``length`` characters."""
     line = str(text)
     return line if len(line) <= length else line[: length - 1].rstrip() + "…"
+
+
+#: How kinds of models are called on pages; another kind goes by its name.
+_KINDS = {
+    "causal-lm": "language models", "vit": "vision transformers", "cnn": "convolutional networks",
+    "sentence-encoder": "sentence encoders",
+}  # fmt: skip
+#: What the score of a cell is of the scores of its units.
+_REDUCTIONS = {
+    "mean": "their mean", "exp-mean": "the exponential of their mean", "median": "their median",
+    "single": "a single score",
+}  # fmt: skip
+
+
+def kind_title(kind: str) -> str:
+    """Return what readers call a kind of models."""
+    return _KINDS.get(kind, kind)
+
+
+def reduction(aggregate: str) -> str:
+    """Return in words how the scores of units become one number."""
+    return _REDUCTIONS.get(aggregate, aggregate)
+
+
+def flat(values: Mapping[str, Any]) -> dict[str, str]:
+    """Return nested settings by dotted names, as they would be typed; sizes in bytes for people."""
+    found: dict[str, str] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            found |= {f"{name}.{key}": text for key, text in flat(value).items()}
+        elif str(name).endswith("_bytes") and isinstance(value, int) and not isinstance(value, bool):
+            found[str(name).removesuffix("_bytes")] = size(value)
+        elif isinstance(value, (list, Mapping)) and not value:
+            found[str(name)] = "none"
+        else:
+            found[str(name)] = plain(value)
+    return found
 
 
 def short_digest(value: str) -> str:

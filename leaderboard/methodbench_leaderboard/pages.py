@@ -37,6 +37,7 @@ from methodbench_leaderboard.aggregate import (
     Cell,
     Group,
     MetricInfo,
+    Missing,
     Question,
     Row,
     Table,
@@ -47,7 +48,7 @@ from methodbench_leaderboard.aggregate import (
     number,
 )
 from methodbench_leaderboard.coverage import STATES, Coverage, make_coverage
-from methodbench_leaderboard.evidence import Evidence, differing, sensitivities
+from methodbench_leaderboard.evidence import Evidence, counterparts, differing, sensitivities
 from methodbench_leaderboard.manifest import MARKER, Manifest, code_digest, key_of
 from methodbench_leaderboard.records import Records, metric_info
 
@@ -159,7 +160,10 @@ class _TableView:
     questions: list[_QuestionView]
     costs: Mapping[str, Cell | None]
     """Of each row, the cell that costs are read from."""
-    missing: list[Any]
+    missing: list[Missing]
+    """Runs without a score."""
+    untried: list[tuple[Question, list[Missing]]]
+    """What was never tried, by question."""
     critical: list[tuple[str, diagrams.CriticalDifference]]
     """Mean ranks over tasks, for each group of positions."""
     heat: diagrams.HeatMap | None
@@ -199,8 +203,14 @@ class _BoardView:
     tables: list[_TableView]
     runs: int
     sketch: charts.ParetoChart | None
+    cost_label: str
+    """What the sketch has quality against."""
     top: Group
     """The group of most rows on the first table, cut to the best."""
+    contenders: list[Row]
+    """Rows of that group that may be first on the first question: their rank intervals include it."""
+    ranked: int
+    """Rows that they were ranked among."""
     lead: _TableView
     offers: _Offers
 
@@ -240,9 +250,11 @@ class _Site:
         )
         for name in (
             "arxiv_url", "repository_url", "number", "signed", "size", "seconds", "moment", "plain", "shorten",
-            "short_digest",
+            "short_digest", "reduction", "kind_title",
         ):  # fmt: skip
             self.jinja.filters[name] = getattr(formats, name)
+        self.jinja.filters["badge"] = self.evidence.badge
+        self.jinja.filters["cost"] = _cost
         self.jinja.filters["finite"] = lambda value: value is not None and math.isfinite(value)
         self.jinja.filters["sortable"] = _sortable
         self.jinja.filters["slug"] = formats.slug
@@ -402,8 +414,15 @@ class _Site:
             tables,
             key=lambda view: (sum(map(len, (group.rows for group in view.table.groups))), view.columns),
         )
-        sketch = _pareto(lead.table, lead.questions[0].question, sketch=True)[0]
+        first = lead.questions[0].question
+        sketch, cost_label = _pareto(lead.table, first, sketch=True)
         largest = max(lead.table.groups, key=lambda group: len(group.rows), default=Group("", []))
+        ranks = {
+            row.key: cell.rank
+            for row in largest.rows
+            for cell in [row.cells.get(first.key)]
+            if cell is not None and cell.rank is not None
+        }
         return _BoardView(
             board=board,
             path=path,
@@ -412,6 +431,9 @@ class _Site:
                 {run.id for t in board.tables for row in t.rows for c in row.cells.values() for run in c.runs}
             ),
             sketch=sketch,
+            cost_label=cost_label,
+            contenders=[row for row in largest.rows if row.key in ranks and ranks[row.key].low == 1],
+            ranked=len(ranks),
             top=Group(largest.positions, largest.rows[:5]),
             lead=lead,
             offers=_offers(tables),
@@ -425,6 +447,7 @@ class _Site:
         }
         if any(run.storage for cell in costs.values() if cell for run in cell.scored):
             shows.add("storage")
+        missing = board.missing(table, self.catalog)
         compact = len(table.questions) > WIDE and len(table.questions) * len(table.rows) > COMPACT
         return _TableView(
             table=table,
@@ -436,7 +459,12 @@ class _Site:
                 for place, question in enumerate(table.questions, 1)
             ],
             costs=costs,
-            missing=board.missing(table, self.catalog),
+            missing=[gap for gap in missing if gap.run is not None],
+            untried=[
+                (question, gaps)
+                for question in table.questions
+                if (gaps := [gap for gap in missing if gap.run is None and gap.question is question])
+            ],
             layout="full" if len(table.questions) <= WIDE else "compact" if compact else "wide",
             shows=frozenset(shows),
             axes=[(name, label) for name, label in _AXES if name in shows],
@@ -510,7 +538,7 @@ class _Site:
                     title = " ".join(filter(None, [question.model or question.task, question.suffix]))
                     asked_by.append(
                         _Section(
-                            title=f"{title}: {view.board.title}",
+                            title=title,
                             # One question may be on the boards of several families.
                             asked=replace(asked, anchor=f"q{len(asked_by) + 1}"),
                             anchor=f"s{len(asked_by) + 1}",
@@ -520,6 +548,7 @@ class _Site:
                         )
                     )
         run_counts = dict(self.records.frame.group_by("task").len().iter_rows())
+        histories = _histories(self.records.frame)
         names = sorted({*self.catalog.tasks, *run_counts})
         tasks = {name: find_task(self.catalog, name) for name in names}
         self._page("tasks.html", "tasks.html", section="tasks", tasks=tasks, run_counts=run_counts)
@@ -527,10 +556,11 @@ class _Site:
             keys = [
                 (section.board, section.title, self._table_key(section.table)) for section in sections[name]
             ]
-            inputs = [repr(entry), keys] if all(key for _, _, key in keys) else [None]
+            history = histories.get(name, [])
+            inputs = [repr(entry), keys, repr(history)] if all(key for _, _, key in keys) else [None]
             self._kept(
                 f"tasks/{formats.slug(name)}.html", "task.html", inputs,
-                partial(_task_view, name, entry, sections[name]),
+                partial(_task_view, name, entry, sections[name], history),
             )  # fmt: skip
 
     def _model_pages(self, boards: Sequence[_BoardView]) -> None:
@@ -625,8 +655,20 @@ class _Site:
         extra = f"[{entry.extra}]" if entry and entry.extra else ""
         newest = self.records.briefs(runs.head(MOST_RUNS_OF_METHOD))
         claims, judged = self.evidence.claims(name), self.evidence.judged.get(name, [])
+        # What was tested comes first.
+        judged = sorted(judged, key=lambda result: result.verdict == "not attempted")
         chains = {chain: found for chain, found in self.evidence.chains.items() if name in _parts(chain)}
         checked = check_record_of(entry, self.catalog) if entry else None
+        names = sorted({key for params in configurations.values() for key in params})
+        shared = next(iter(configurations.values()), {})
+        varied = [
+            key
+            for key in names
+            if len(configurations) == 1
+            or any(key not in params or params[key] != shared.get(key) for params in configurations.values())
+        ]
+        described = self.evidence.descriptions.get(name)
+        defaults = {param["name"]: param["default"] for param in described["params"]} if described else {}
         view = {
             "section": "methods",
             "name": name,
@@ -637,14 +679,15 @@ class _Site:
             "compared": list({(board.path, row.key): (board, row) for board, _, row in results}.values()),
             "configurations": configurations,
             "seeds_linked": sum(len(row.cells) for _, _, row in results) <= MOST_SEEDED,
-            "settings": sorted({key for params in configurations.values() for key in params}),
+            "settings": varied,
+            "constant": {key: value for key, value in shared.items() if key not in varied},
             "commands": commands[:12],
             "more_commands": max(0, len(commands) - 12),
             "install": f"pip install '{distribution}{extra}'" if distribution else "",
             "parity": records_of(entry, self.catalog) if entry else [],
             "checked": checked,
             "checked_this": checked is not None and entry is not None and checked.is_of(entry),
-            "described": self.evidence.descriptions.get(name),
+            "described": described,
             "idea": self.evidence.idea(name),
             "claims": claims,
             "claims_problem": self.evidence.problem(name),
@@ -662,6 +705,11 @@ class _Site:
             f"methods/{formats.slug(name)}.html", "method.html", [said, tables] if known else [None],
             lambda: {
                 **view,
+                "counterparts": counterparts(
+                    claims, [(shown.table, row) for _, shown, row in results], defaults
+                )
+                if claims
+                else {},
                 "attempts": {
                     result.claim.id: commands_for(self.catalog, result.claim)
                     for result in judged
@@ -681,7 +729,7 @@ class _Site:
             model = find_model(self.catalog, run.model) if run.model else None
             inputs = [
                 run.id, seal, on_boards.get(run.id, ""), records.stale.get(run.id, ""), repr(task), repr(model),
-                run.environment_digest in records.environments,
+                run.environment_digest in records.environments, records.witnesses.get(run.id, []),
             ]  # fmt: skip
             self._kept(
                 self._run_path(run.id), "run.html", inputs if seal else [None],
@@ -705,14 +753,37 @@ class _Site:
             "curves": [(name, chart) for name, chart in curves if chart is not None],
             "environment": _environment_path(run.environment_digest) if known else "",
             "stale": records.stale.get(run.id, ""),
+            "witnesses": records.witnesses.get(run.id, []),
             "model": model,
             "task": task,
         }
 
 
-def _task_view(name: str, entry: Task | None, sections: Sequence[_Section]) -> dict[str, Any]:
+def _task_view(
+    name: str, entry: Task | None, sections: Sequence[_Section], history: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
     drawn = [(section, _spread(section)) for section in sections]
-    return {"section": "tasks", "name": name, "entry": entry, "sections": drawn}
+    return {"section": "tasks", "name": name, "entry": entry, "sections": drawn, "history": history}
+
+
+def _histories(frame: pl.DataFrame) -> dict[str, list[dict[str, Any]]]:
+    """Return of each task the versions of its protocol and data that there are runs of, newest first."""
+    versions = (
+        frame.group_by("task", "protocol", "data_digest")
+        .agg(
+            runs=pl.len(),
+            scored=(pl.col("status") == "ok").sum(),
+            methods=pl.col("method").n_unique(),
+            first=pl.col("started_at").min(),
+            last=pl.col("started_at").max(),
+            newest=pl.col("id").last(),
+        )
+        .sort("task", "last", "protocol", "data_digest", descending=[False, True, True, False])
+    )
+    found: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for version in versions.iter_rows(named=True):
+        found[version["task"]].append(version)
+    return found
 
 
 def _parts(chain: str) -> set[str]:
@@ -738,7 +809,7 @@ def _environment_view(digest: str, environment: Environment) -> dict[str, Any]:
     return {
         "section": "runs",
         "digest": digest,
-        "environment": data,
+        "environment": formats.flat(data),
         "captured": environment.captured_at,
         "packages": packages if isinstance(packages, dict) else {},
     }
@@ -869,6 +940,13 @@ _COSTS = (
     ("model_bytes", "size of the model, bytes"),
     ("wall_seconds", "time of the run, seconds"),
 )
+
+
+def _cost(value: float, label: str) -> str:
+    """Return a cost in the unit of its axis."""
+    if label.endswith(", bytes"):
+        return formats.size(value)
+    return formats.seconds(value) if label.endswith(", seconds") else f"{value:.2f}"
 
 
 #: The axes that a reader may choose.

@@ -16,13 +16,14 @@ import polars as pl
 from sqlalchemy import JSON, Row, Table, Text, select, type_coerce
 
 from methodbench.provenance import canonical_json
-from methodbench.store import MetricValue, Run, Series, Store
+from methodbench.store import MetricValue, Run, Series, Store, Witness
 
 #: Runs whose metrics, curves or details are asked for at once.
 _CHUNK = 400
 _RUN: Table = Run.__table__  # type: ignore[attr-defined]
 _METRIC: Table = MetricValue.__table__  # type: ignore[attr-defined]
 _SERIES: Table = Series.__table__  # type: ignore[attr-defined]
+_WITNESS: Table = Witness.__table__  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +165,21 @@ class Records:
     def newest(self) -> datetime | None:
         return self.frame["started_at"].last() if len(self.frame) else None  # type: ignore[return-value]
 
+    @functools.cached_property
+    def witnesses(self) -> dict[str, list[dict[str, Any]]]:
+        """What the replays of each run came to, oldest first, by the run's id; only runs that have some."""
+        query = (
+            select(_WITNESS, _RUN.c.started_at, _RUN.c.environment_digest, _RUN.c.methodbench_version)
+            .join(_RUN, _RUN.c.id == _WITNESS.c.run_id)
+            .order_by(_RUN.c.started_at, _RUN.c.id)
+        )
+        found: dict[str, list[dict[str, Any]]] = {}
+        with self._store.engine.connect() as connection:
+            for row in connection.execute(query):
+                said = dict(row._mapping) | {"started_at": utc(row.started_at).isoformat()}
+                found.setdefault(row.original, []).append(said)
+        return found
+
     def metrics(self, run_ids: Iterable[str]) -> dict[str, list[MetricValue]]:
         """Return the metrics of some runs by run, the primary one first."""
         return self._of_runs(MetricValue, _METRIC, run_ids, lambda row: (not row.primary, row.name))
@@ -231,6 +247,8 @@ class Records:
                 }
                 for run_id in some:
                     said = {**rows[run_id]._asdict(), "stale": self.stale.get(run_id)}
+                    if run_id in self.witnesses:
+                        said["witnesses"] = self.witnesses[run_id]
                     yield run_id, _document(said, json_names, metrics.get(run_id, []))
 
 

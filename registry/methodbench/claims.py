@@ -97,6 +97,9 @@ class Reported(Strict):
     )
     task: str = Field(min_length=1, description="data and protocol, as the paper has them")
     metric: str = Field(min_length=1, description="name of what was measured")
+    measured_as: str = Field(
+        default="", description="the metric here that measures the same, where it has another name"
+    )
     unit: str = Field(default="", description="%, bits, seconds ...; empty for plain numbers")
     values: Annotated[list[ReportedValue], Field(min_length=1)] = Field(description="the numbers")
 
@@ -197,6 +200,11 @@ class Claims(Strict):
 
     method: str = Field(description="name of the method")
     reported: list[Reported] = Field(default=[], description="the paper's numbers")
+    settings: dict[str, dict[str, Any]] = Field(
+        default={},
+        description="what a setting of the reported numbers is in hyperparameters of the method; records with these "
+        "stand beside the number",
+    )
     nothing_reported: str = Field(default="", description="why there are no numbers of the paper")
     claims: list[Claim] = Field(default=[], description="what can be tested here")
     nothing_claimed: str = Field(default="", description="why nothing can be tested here")
@@ -210,6 +218,10 @@ class Claims(Strict):
             reason = "nothing_" + what.replace("claims", "claimed")
             if bool(found) == bool(excuse):
                 raise ValueError(f"give [[{what}]], or say in {reason!r} why there are none")
+        used = {row.setting for block in self.reported for row in block.values}
+        unused = sorted(set(self.settings) - used)
+        if unused:
+            raise ValueError(f"settings names {unused[0]!r}, which no reported number has")
         seen: set[str] = set()
         for claim in self.claims:
             if claim.id in seen:

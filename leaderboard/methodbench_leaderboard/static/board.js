@@ -358,7 +358,8 @@
       else restoreFigure(figure);
     }
     if (section.compact) shadeCells(section, data, restricted, visible);
-    for (const line of section.node.querySelectorAll(".missing li[data-of]")) line.hidden = restricted && !visible.has(line.dataset.of);
+    for (const name of section.node.querySelectorAll(".missing [data-of]")) name.hidden = restricted && !visible.has(name.dataset.of);
+    for (const line of section.node.querySelectorAll(".missing li:not([data-of])")) line.hidden = !line.querySelector("[data-of]:not([hidden])");
   }
 
   function shadeCells(section, data, restricted, visible) {

@@ -82,6 +82,16 @@
       element("tbody", {}, ...metrics.map(row))));
   }
 
+  function witnesses(run) {
+    if (!(run.witnesses || []).length) {
+      return [element("p", { class: "note" }, "Nobody has made this run again yet. ", element("code", {}, "methodbench replay " + run.id),
+        " does, and says whether the numbers are the same.")];
+    }
+    return [facts(run.witnesses.map((witness) => [witness.run_id,
+      witness.verdict + ", " + witness.started_at.slice(0, 16).replace("T", " ") + " UTC" + (witness.parts_at ? "; parts at " + witness.parts_at : "")
+      + witness.suspects.slice(0, 8).map((suspect) => "; " + suspect.field + ": " + plain(suspect.recorded) + " and " + plain(suspect.replayed)).join("")]), true)];
+  }
+
   function show(id, found) {
     const run = found.run;
     const title = document.getElementById("run-title");
@@ -119,6 +129,7 @@
         section("Settings, protocol " + run.protocol, facts(Object.entries(run.task_params || {}))),
         section("Cost", facts(cost)),
         section("Facts recorded", facts(Object.entries(run.facts || {})))),
+      section("Witnesses", ...witnesses(run)),
       section("Identity", facts([...identity, ["machine", run.device + ", " + run.dtype + ", " + run.threads + " thread(s)"]], true)),
       ...(run.log_tail ? [section("End of the log", element("pre", { class: "log", tabindex: "0" }, run.log_tail))] : []));
   }
