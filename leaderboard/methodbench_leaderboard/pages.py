@@ -298,7 +298,13 @@ class _Site:
         self.jinja.globals["downloads"] = files
         self.offered = [file.path for file in files]
         self._page(
-            "index.html", "home.html", section="boards", boards=boards, counts=counts, **self._failures()
+            "index.html",
+            "home.html",
+            section="boards",
+            boards=boards,
+            counts=counts,
+            compared=self._compared(),
+            **self._failures(),
         )
         for view in boards:
             keys = [self._table_key(shown.table) for shown in view.tables]
@@ -398,6 +404,12 @@ class _Site:
     def _methods(self) -> dict[str, Method | None]:
         names = sorted({*self.catalog.methods, *self.records.frame["method"].unique()})
         return {name: find_method(self.catalog, name) for name in names}
+
+    def _compared(self) -> list[tuple[int, str]]:
+        """Return how many methods, models and tasks there are runs of."""
+        frame = self.records.frame
+        models = frame.filter(pl.col("model") != "")["model"].n_unique()
+        return [(frame["method"].n_unique(), "method"), (models, "model"), (frame["task"].n_unique(), "task")]
 
     def _failures(self) -> dict[str, Any]:
         failures = self.records.frame.reverse().filter(~pl.col("status").is_in(["ok", "not-applicable"]))

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from methodbench.catalog import load_catalog
-from methodbench.store import open_store
+from methodbench.store import Environment, MetricValue, Run, Witness, open_store
 from methodbench_leaderboard import build
+from methodbench_leaderboard.aggregate import make_boards
 from methodbench_leaderboard.coverage import make_coverage
-from methodbench_leaderboard.evidence import Evidence
+from methodbench_leaderboard.evidence import Evidence, counterparts
 from methodbench_leaderboard.records import Records
 
 HOSTILE_FIELDS = (
@@ -36,6 +37,85 @@ def add(maker, method, task, scores=None, **given):
 def maker(made_up, tmp_path):
     with open_store(str(tmp_path / "results.db")) as store:
         yield made_up.Maker(store)
+
+
+def _evil_metric(run_id: str, evil: str) -> MetricValue:
+    return MetricValue(
+        run_id=run_id, name=evil, title=evil, unit=evil, direction="lower", aggregate="mean", primary=True, value=1.0,
+        low=0.5, high=1.5, units=4, scores=np.linspace(0, 2, 4).astype("<f8").tobytes(),
+    )  # fmt: skip
+
+
+def test_numbers_of_a_paper_stand_beside_the_nearest_run_here(maker, tmp_path):
+    catalog = load_catalog()
+    lm = {"model": "smollm2-135m", "model_kind": "causal-lm", "family": "quant"}
+    scores = np.linspace(3.0, 3.4, 16)
+    add(maker, "identity", "pydoc-ppl", {"perplexity": scores}, baseline=True, **lm)
+    plain = {"bits": 3, "group_size": -1, "symmetric": False, "act_order": False}
+    add(
+        maker,
+        "gptq",
+        "pydoc-ppl",
+        {"perplexity": scores + 1},
+        params={**plain, "act_order": True},
+        variant="o",
+        **lm,
+    )
+    add(maker, "gptq", "pydoc-ppl", {"perplexity": scores + 2}, params=plain, variant="w3", **lm)
+    records = Records(maker.store)
+    evidence = Evidence(records, catalog)
+    (table,) = next(b for b in make_boards(records, catalog) if b.family.name == "quant").tables
+    claims = evidence.claims("gptq")
+    assert claims is not None
+    defaults = {param["name"]: param["default"] for param in evidence.descriptions["gptq"]["params"]}
+    results = [(table, row) for row in table.rows if row.method == "gptq"]
+    found = counterparts(claims, results, defaults)
+    at = {
+        (block.values[n].model, block.values[n].setting): found.get((b, n))
+        for b, block in enumerate(claims.reported)
+        for n in range(len(block.values))
+    }
+    same = at["OPT-125M", "3 bits per channel"]
+    assert same is not None
+    assert (same.row.variant, same.differs, same.beyond) == ("w3", (), ())
+    assert same.untouched is not None
+    assert same.untouched.value == pytest.approx(np.exp(3.2))
+    nearest = at["LLaMA-7B", "3 bits, group 128"]
+    assert nearest is not None
+    assert (nearest.row.variant, nearest.differs) == ("w3", (("group_size", 128, -1),))
+    # Of the stated hyperparameters none agrees.
+    assert at["Llama-2-7B", "4 bits, group 128"] is None
+    (ordered,) = (row for _, row in results if row.variant == "o")
+    besides = counterparts(claims, [(table, ordered)], defaults)
+    assert {pair.beyond for pair in besides.values()} == {(("act_order", True),)}
+    page = build(maker.store, catalog, tmp_path / "site").parent / "methods" / "gptq.html"
+    text = page.read_text(encoding="utf-8")
+    assert "for OPT-125M; " in text
+    assert "<code>group_size=-1</code> for 128" in text
+    assert "untouched 27.65, ratio 1.948" in text
+    assert "untouched 24.53, ratio 7.389" in text
+
+
+def test_a_run_shows_what_its_replays_came_to_and_a_task_its_versions(maker, made_up, tmp_path):
+    scores = {"perplexity": np.linspace(3, 4, 8)}
+    lm = {"model": "tiny-lm", "model_kind": "causal-lm"}
+    old = add(maker, "round", "text-ppl", scores, protocol=1, data_digest="d" * 64, **lm)
+    new = add(maker, "round", "text-ppl", scores, protocol=2, data_digest="e" * 64, **lm)
+    maker.store.add(
+        Run(**new.model_dump(exclude={"id", "witness_of"}), id="c" * 12, witness_of=new.id), [], [], None, None,
+        Witness(run_id="c" * 12, original=new.id, verdict="drifted", tolerance=0.0, parts_at="layer blocks.3",
+                differences=[{"metric": "perplexity", "first": 30.5, "second": 30.75}],
+                suspects=[{"field": "torch", "recorded": "2.6", "replayed": "2.7"}]),
+    )  # fmt: skip
+    site = build(maker.store, made_up.make_catalog(), tmp_path / "site").parent
+    text = (site / "runs" / f"{new.id}.html").read_text(encoding="utf-8")
+    for words in ("drifted", "layer blocks.3", "30.5 and 30.75", "<bdi>torch</bdi>: 2.6 and 2.7"):
+        assert words in text
+    assert "Nobody has made this run again" in (site / "runs" / f"{old.id}.html").read_text(encoding="utf-8")
+    history = (site / "tasks" / "text-ppl.html").read_text(encoding="utf-8").partition('id="history"')[2]
+    assert history.index("version 2") < history.index("version 1")
+    assert "<code>eeeeeeeeeeee</code>" in history
+    assert f'href="../runs/{old.id}.html"' in history
 
 
 def test_claims_of_an_installed_method_are_judged_by_the_records(maker, tmp_path):
@@ -177,6 +257,20 @@ def test_hostile_strings_in_every_field_come_out_inert(maker, made_up, tmp_path)
             facts={evil: evil}, warnings=[evil], task_params={evil: evil}, phases={evil: evil},
             series={evil: [1, 2, 3]}, **fields,
         )  # fmt: skip
+    runs = maker.store.runs()
+    maker.store.add(
+        Run(**runs[0].model_dump(exclude={"id", "witness_of"}), id="a" * 12, witness_of=runs[0].id),
+        [_evil_metric("a" * 12, evil)], [],
+        Environment(digest="f" * 64, captured_at=made_up.START, data={evil: evil, "deep": {evil: [evil]}}), None,
+        Witness(run_id="a" * 12, original=runs[0].id, verdict=evil, tolerance=0.0, parts_at=evil,
+                differences=[{"metric": evil, "first": evil, "second": evil}],
+                suspects=[{"field": evil, "recorded": evil, "replayed": evil}]),
+    )  # fmt: skip
+    maker.store.add(
+        Run(**runs[0].model_dump(exclude={"id", "environment_digest", "seed"}), id="b" * 12, seed=7,
+            environment_digest="f" * 64),
+        [_evil_metric("b" * 12, evil)],
+    )  # fmt: skip
     site = build(maker.store, made_up.make_catalog(), tmp_path / "site").parent
     pages = list(site.rglob("*.html"))
     kinds = {page.relative_to(site).parts[0] for page in pages}

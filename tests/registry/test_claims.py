@@ -72,6 +72,7 @@ right = 3
         ('left = "noop"', "left = 3", r"c.toml:21: claims.1: the left side must be a method"),
         ("factor = 2.0", "facktor = 2.0", r"claims.0.right.facktor: unknown key 'facktor'\nDid you mean factor\?"),
         ('method = "noop"\n\n', 'nothing_reported = "x"\nmethod = "noop"\n\n', r"give \[\[reported\]\], or say in"),
+        ("[[claims]]", '[settings]\n"2 bits" = { bits = 2 }\n\n[[claims]]', r"settings names '2 bits', which no"),
         ("values = [", "values = [ [", r"c.toml:\d+: not valid TOML"),
     ],
 )  # fmt: skip
@@ -354,7 +355,15 @@ def test_the_claims_of_every_method_load_and_their_settings_exist(name: str) -> 
     from methodbench import params
     from methodbench.catalog import load_implementation
 
-    for claim in load_claims(INSTALLED, name).claims:
+    found = load_claims(INSTALLED, name)
+    for reported in found.settings.values():
+        assert params.resolve(load_implementation(INSTALLED.method(name).impl), reported, name)
+    for block in found.reported:
+        if block.measured_as:
+            assert block.measured_as in {
+                metric.name for task in INSTALLED.tasks.values() for metric in task.metrics
+            }
+    for claim in found.claims:
         for side in (claim.left, claim.right):
             if side.value is None:
                 method_name, _, preset = side.method.partition("@")
