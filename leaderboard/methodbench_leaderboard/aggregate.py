@@ -397,7 +397,7 @@ def _rows(
             variant=newest.variant,
             params=newest.params,
             baseline=newest.baseline,
-            positions=entry.positions if entry else "",
+            positions=entry.touches(newest.params) if entry else "",
             entry=entry,
         )
         for key, runs in by_question.items():

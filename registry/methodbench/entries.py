@@ -172,7 +172,8 @@ class Method:
     baseline: bool = False
     """True for the do-nothing row that a board pins and compares everything with."""
     positions: str = ""
-    """Which tokens it touches, where that matters for ranking (``prefill``, ``decode``, ``last-99%``)."""
+    """Which tokens it touches, where that matters for ranking (``prefill``, ``decode``, ``last-99%``). A name in braces
+    stands for a hyperparameter: ``{positions}``."""
     extra: str = ""
     """The optional dependency that it needs."""
     resources: Resources = Resources()
@@ -202,6 +203,16 @@ class Method:
             )
         for preset in self.presets:
             _check_name(f"method {self.name}: preset", preset)
+
+    def touches(self, params: Mapping[str, Any]) -> str:
+        """Return :attr:`positions` at given hyperparameters; those of a chain carry the link's name."""
+        if self.links:
+            told = (
+                link.touches({key.removeprefix(f"{link.name}."): value for key, value in params.items()})
+                for link in self.links
+            )
+            return ", ".join(dict.fromkeys(filter(None, told)))
+        return re.sub(r"\{(\w+)\}", lambda found: str(params.get(found[1], found[0])), self.positions)
 
     @property
     def implementations(self) -> tuple[str, ...]:

@@ -24,7 +24,7 @@ def implementation(method: Method) -> type:
 def test_the_family_lists_its_methods_once() -> None:
     (family,) = plugin.methodbench_families()
     names = [method.name for method in METHODS]
-    assert names == ["magnitude", "wanda", "wina"]
+    assert names == ["magnitude", "wanda", "wina", "teal", "cats"]
     assert {method.family for method in METHODS} == {family.name}
 
 

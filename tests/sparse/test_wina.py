@@ -22,18 +22,11 @@ from transformers import (
 from methodbench.context import Context
 from methodbench.errors import NotApplicableError, ParameterError
 from methodbench.params import build
+from methodbench.torchkit.activation_sparsity import SparseInput, Threshold, TopK, forget, measured
 from methodbench.torchkit.adapters import detect
 from methodbench.torchkit.model import Calibration, LoadedModel
 from methodbench_sparse.rotation import RotatedBlock, right_singular_vectors, rotate
-from methodbench_sparse.wina import (
-    WINA,
-    MaskedInput,
-    ScoreHistogram,
-    column_norms,
-    input_mask,
-    input_score,
-    masked_tokens,
-)
+from methodbench_sparse.wina import WINA, ScoreHistogram, column_norms
 
 seeds = st.integers(0, 2**16)
 
@@ -51,10 +44,16 @@ def sparsify(model: LoadedModel, data: Calibration | None = None, **hyper: Any) 
     return WINA(**hyper).compress(model, data or Calibration.none(), Context())
 
 
-def masked(model: LoadedModel) -> dict[str, MaskedInput]:
-    found = {name: layer for name, layer in model.module.named_modules() if isinstance(layer, MaskedInput)}
+def masked(model: LoadedModel) -> dict[str, SparseInput]:
+    found = {name: layer for name, layer in model.module.named_modules() if isinstance(layer, SparseInput)}
     assert found.keys() == model.adapter.targets(model.module).keys()
     return found
+
+
+def counted(model: LoadedModel, tokens: Tensor) -> dict[str, Any]:
+    forget(model)
+    logits(model, tokens)
+    return measured(model)
 
 
 @settings(max_examples=20, deadline=None)
@@ -67,8 +66,7 @@ def test_with_orthogonal_columns_no_other_mask_of_its_size_errs_less(seed: int, 
     def error(mask: Tensor) -> float:
         return float((weight @ x - weight @ (x * mask)).norm())
 
-    scores = input_score(x[None, None], column_norms(weight))
-    chosen = input_mask(scores, keep)[0, 0]
+    chosen = TopK(keep, column_norms(weight))(x)
     others = (torch.isin(torch.arange(8), torch.tensor(kept)) for kept in combinations(range(8), keep))
     assert error(chosen) <= min(map(error, others)) + 1e-12
     dropped = (x.square() * column_norms(weight).square())[~chosen].sum()
@@ -82,7 +80,7 @@ def test_unequal_columns_make_it_err_less_than_input_magnitude_on_average(seed: 
     x = normal(seed + 2, 1, 400, 64) / normal(seed + 3, 1, 400, 64).abs().sqrt()
 
     def error(norms: Tensor | None) -> float:
-        mask = input_mask(input_score(x, norms), 32)
+        mask = TopK(32, norms)(x)
         return float(((x - x * mask) @ weight.T).norm(dim=-1).mean())
 
     assert error(column_norms(weight)) < error(None)
@@ -93,24 +91,7 @@ def test_unequal_columns_make_it_err_less_than_input_magnitude_on_average(seed: 
 def test_equal_columns_make_its_masks_those_of_input_magnitude(seed: int, level: float) -> None:
     x = normal(seed, 2, 9, 16)
     equal = torch.full((16,), level, dtype=torch.float64)
-    assert torch.equal(input_mask(input_score(x, equal), 6), input_mask(input_score(x, None), 6))
-
-
-@settings(max_examples=30, deadline=None)
-@given(tokens=st.integers(1, 250), keep=st.integers(0, 6))
-def test_the_last_99_percent_of_tokens_keep_their_count_and_the_first_stay_dense(
-    tokens: int, keep: int
-) -> None:
-    mask = input_mask(normal(tokens, 2, tokens, 6).abs(), keep)
-    count = masked_tokens(tokens)
-    assert count == (max(1, int(0.99 * tokens)))
-    assert mask[:, : tokens - count].all()
-    assert (mask[:, tokens - count :].sum(dim=-1) == keep).all()
-
-
-def test_a_threshold_keeps_what_lies_above_it() -> None:
-    scores = torch.tensor([[[0.0, 1.0, 2.0, 3.0]]])
-    assert input_mask(scores, 0, threshold=1.0).tolist() == [[[False, False, True, True]]]
+    assert torch.equal(TopK(6, equal)(x), TopK(6)(x))
 
 
 @settings(max_examples=20, deadline=None)
@@ -135,61 +116,58 @@ def test_at_sparsity_zero_the_output_is_the_dense_one(
 ) -> None:
     sparse = sparsify(llama, data, sparsity=0, mask_by=mask_by, transform=False)
     assert torch.equal(logits(sparse, tokens), logits(llama, tokens))
-    assert sparse.facts["kept_share"] == pytest.approx(1, abs=1e-4)
     rotated = sparsify(llama, data, sparsity=0, mask_by=mask_by, subtract_embed_mean=False)
     torch.testing.assert_close(logits(rotated, tokens), logits(llama, tokens), rtol=1e-4, atol=1e-4)
 
 
-def test_every_linear_keeps_its_count_per_token_and_the_facts_say_so(
-    llama: LoadedModel, data: Calibration, tokens: Tensor
+def test_every_linear_keeps_its_count_per_token_and_the_record_says_so(
+    llama: LoadedModel, tokens: Tensor
 ) -> None:
-    sparse = sparsify(llama, data, sparsity=0.4, transform=False)
+    sparse = sparsify(llama, sparsity=0.4, transform=False)
     seen: dict[str, Tensor] = {}
-    handles = [
-        layer.register_forward_pre_hook(
-            lambda layer, args, name=name: seen.update({name: layer.mask(args[0])})
-        )
-        for name, layer in masked(sparse).items()
-    ]
-    logits(sparse, tokens)
-    for handle in handles:
-        handle.remove()
+    for name, layer in masked(sparse).items():
+        layer.rule.register_forward_hook(lambda _, args, mask, name=name: seen.update({name: mask}))
+    facts = counted(sparse, tokens)
+    layers = masked(sparse)
     for name, mask in seen.items():
-        assert mask[:, :1].all(), name
-        assert (mask[:, 1:].sum(dim=-1) == int(mask.shape[-1] * 0.6)).all(), name
-    layers = masked(sparse).values()
-    expected = sum(layer.weight.numel() * layer.keep / layer.in_features for layer in layers)
-    assert sparse.facts["kept_share"] == pytest.approx(
-        expected / sum(layer.weight.numel() for layer in layers), abs=1e-9
-    )
-    assert sparse.facts["positions"] == "last-99%"
-    assert sparse.facts["kept_denominator"].startswith("inputs of the Linears inside the blocks")
+        assert mask.shape[:2] == (3, 39), "the first of forty tokens stays dense"
+        assert (mask.sum(dim=-1) == int(mask.shape[-1] * 0.6)).all(), name
+    kept = {name: int(layer.in_features * 0.6) / layer.in_features for name, layer in layers.items()}
+    sizes = {name: layer.weight.numel() for name, layer in layers.items()}
+    expected = 1 - sum(kept[name] * size for name, size in sizes.items()) / sum(sizes.values())
+    assert facts["sparsity_model"] == pytest.approx(expected, abs=1e-9)
+    assert facts["sparsity_touched_tokens"] == pytest.approx(39 / 40)
+    assert facts["sparsity_inputs"].keys() == {"q", "k", "v", "o", "gate", "up", "down"}
+    assert facts["positions"] == "last-99%"
+    assert facts["sparsity_denominator"].startswith("weights of the Linears inside the blocks")
     assert sparse.storage == "simulated"
 
 
-def test_without_calibration_inputs_the_counts_are_the_same(llama: LoadedModel, data: Calibration) -> None:
-    with_data, without = (sparsify(llama, d, sparsity=0.4, transform=False).facts for d in (data, None))
-    assert with_data == pytest.approx(without)
-
-
-def test_a_threshold_keeps_about_the_share_on_the_data_it_was_calibrated_on(
+def test_thresholds_keep_about_the_share_and_differ_between_linears(
     llama: LoadedModel, data: Calibration
 ) -> None:
     sparse = sparsify(llama, data, sparsity=0.5, mask_by="threshold", transform=False)
-    assert sparse.facts["kept_share"] == pytest.approx(0.5, abs=0.05)
-    assert sparse.facts["kept_share_min"] < sparse.facts["kept_share_max"]
-    thresholds = {layer.threshold for layer in masked(sparse).values()}
-    assert None not in thresholds
-    assert len(thresholds) > 8
+    assert counted(sparse, data.inputs)["sparsity_model"] == pytest.approx(0.5, abs=0.05)
+    rules = [layer.rule for layer in masked(sparse).values()]
+    assert all(isinstance(rule, Threshold) for rule in rules)
+    assert len({float(rule.threshold) for rule in rules}) > 8
+
+
+def test_the_search_gives_linears_different_shares_of_the_same_sparsity(
+    llama: LoadedModel, data: Calibration, tokens: Tensor
+) -> None:
+    sparse = sparsify(llama, data, sparsity=0.5, greedy=True, base_step=0.1, transform=False, positions="all")
+    facts = counted(sparse, tokens)
+    assert facts["sparsity_model"] == pytest.approx(0.5, abs=0.05)
+    assert max(facts["sparsity_inputs"].values()) - min(facts["sparsity_inputs"].values()) > 0.1
 
 
 def test_column_norms_go_where_the_code_or_the_paper_puts_them(llama: LoadedModel) -> None:
     code = masked(sparsify(llama, columns="code", transform=False))
-    normed = {name.rpartition(".")[2] for name, layer in code.items() if layer.norms is not None}
+    normed = {name.rpartition(".")[2] for name, layer in code.items() if layer.rule.scale is not None}
     assert normed == {"k_proj", "gate_proj"}
     for layer in masked(sparsify(llama, columns="paper", transform=False)).values():
-        assert layer.norms is not None
-        torch.testing.assert_close(layer.norms, layer.weight.norm(dim=0))
+        torch.testing.assert_close(layer.rule.scale, layer.weight.norm(dim=0))
 
 
 def test_the_input_model_is_untouched_and_stays_tied(
@@ -274,15 +252,6 @@ def test_a_rotated_model_generates_with_its_cache_what_the_dense_one_does(llama:
     }
     expected = llama.module.generate(prompt, **options)
     assert torch.equal(rotated.module.generate(prompt, **options), expected)
-
-
-def test_decoding_masks_every_token(llama: LoadedModel) -> None:
-    sparse = sparsify(llama, sparsity=0.5, transform=False)
-    layer = masked(sparse)["model.layers.0.mlp.down_proj"]
-    token = torch.randn(1, 1, layer.in_features)
-    assert int(layer.mask(token).sum()) == layer.in_features // 2
-    routed = torch.randn(7, layer.in_features)
-    assert (layer.mask(routed).sum(dim=-1) == layer.in_features // 2).all()
 
 
 def test_a_decoder_of_another_shape_is_masked_but_not_rotated() -> None:

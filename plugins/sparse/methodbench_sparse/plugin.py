@@ -17,6 +17,17 @@ _PRUNING_PRESETS: Mapping[str, Mapping[str, Any]] = {
     "s50-2of4": {"sparsity": 0.5, "pattern": "2:4"},
     "s50-4of8": {"sparsity": 0.5, "pattern": "4:8"},
 }
+#: Sparsity of the inputs of all Linears in the blocks, which is the model-level sparsity.
+_INPUT_PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "s25": {"sparsity": 0.25},
+    "s40": {"sparsity": 0.4},
+    "s50": {"sparsity": 0.5},
+    "s65": {"sparsity": 0.65},
+}
+#: Model-level sparsity of methods that touch a part of the Linears.
+_MODEL_PRESETS: Mapping[str, Mapping[str, Any]] = {
+    name: {**values, "counted": "model"} for name, values in _INPUT_PRESETS.items()
+}
 
 
 @hookimpl
@@ -126,10 +137,8 @@ def methodbench_methods() -> list[Method]:
             ),
             needs=("calibration",),
             presets={
-                "s25": {"sparsity": 0.25},
-                "s40": {"sparsity": 0.4},
-                "s50": {"sparsity": 0.5},
-                "s65": {"sparsity": 0.65},
+                **_INPUT_PRESETS,
+                "s50-greedy": {"sparsity": 0.5, "greedy": True},
                 "s50-paper": {"sparsity": 0.5, "columns": "paper", "subtract_embed_mean": False},
                 "s50-plain": {"sparsity": 0.5, "transform": False},
                 "s50-threshold": {"sparsity": 0.5, "mask_by": "threshold"},
@@ -146,7 +155,81 @@ def methodbench_methods() -> list[Method]:
                 "batch-split-invariant",
                 "dtype-stable",
             ),
-            positions="last-99%",
+            positions="{positions}",
+        ),
+        Method(
+            name="teal",
+            kind="compressor",
+            stage="prune",
+            family="sparse",
+            impl="methodbench_sparse.teal:TEAL",
+            summary="Zeroes, token by token, the inputs below a calibrated magnitude.",
+            applies_to=("causal-lm",),
+            paper=Paper(
+                title="Training-Free Activation Sparsity in Large Language Models",
+                arxiv="2408.14690",
+                venue="ICLR",
+                year=2025,
+                authors="James Liu and Pragaash Ponnusamy and Tianle Cai and Han Guo and Yoon Kim"
+                " and Ben Athiwaratkun",
+                code="FasterDecoding/TEAL",
+            ),
+            needs=("calibration",),
+            presets={
+                **_INPUT_PRESETS,
+                "s50-topk": {"sparsity": 0.5, "mask_by": "topk"},
+                "s50-greedy": {"sparsity": 0.5, "greedy": True},
+            },
+            claims="teal.toml",
+            fidelity="authors-code",
+            parity="FasterDecoding/TEAL@5baaec8645ce76368bd49eb05efb23f1da7edec6",
+            vectors=("sparse/teal",),
+            properties=(
+                "deterministic",
+                "no-input-mutation",
+                "identity-at:sparsity=0",
+                "monotone:-sparsity",
+                "batch-split-invariant",
+                "dtype-stable",
+            ),
+            positions="{positions}",
+        ),
+        Method(
+            name="cats",
+            kind="compressor",
+            stage="prune",
+            family="sparse",
+            impl="methodbench_sparse.cats:CATS",
+            summary="Zeroes the neurons of feed-forward networks whose gate is below a calibrated magnitude.",
+            applies_to=("causal-lm",),
+            paper=Paper(
+                title="CATS: Contextually-Aware Thresholding for Sparsity in Large Language Models",
+                arxiv="2404.08763",
+                venue="COLM",
+                year=2024,
+                authors="Donghyun Lee and Je-Yong Lee and Genghan Zhang and Mo Tiwari and Azalia Mirhoseini",
+                code="ScalingIntelligence/CATS",
+            ),
+            needs=("calibration",),
+            presets={
+                "f50": {"sparsity": 0.5},
+                "f70": {"sparsity": 0.7},
+                "f90": {"sparsity": 0.9},
+                **_MODEL_PRESETS,
+            },
+            claims="cats.toml",
+            fidelity="authors-code",
+            parity="ScalingIntelligence/CATS@679959c3323790be0a7d7d9af78e0580f8b88ed8",
+            vectors=("sparse/cats",),
+            properties=(
+                "deterministic",
+                "no-input-mutation",
+                "identity-at:sparsity=0",
+                "monotone:-sparsity",
+                "batch-split-invariant",
+                "dtype-stable",
+            ),
+            positions="{positions}",
         ),
     ]
 

@@ -126,6 +126,14 @@ def rotate(model: LoadedModel, *, subtract_embed_mean: bool) -> float:
     return check_preserved(model, before, _HINT)
 
 
+def added_share(model: LoadedModel) -> float:
+    """Return the weights of the residual products as a share of the weights of the Linears inside the blocks."""
+    blocks = [block for block in model.adapter.blocks(model.module) if isinstance(block, RotatedBlock)]
+    added = sum(block.attention_shortcut.numel() + block.mlp_shortcut.numel() for block in blocks)
+    layers = model.adapter.targets(model.module).values()
+    return added / sum(layer.get_parameter("weight").numel() for layer in layers)
+
+
 def right_singular_vectors(weight: Tensor) -> Tensor:
     """Return V [in, in] of the full decomposition W = U S V^T of a float64 ``weight`` [out, in]."""
     rows, columns = weight.shape

@@ -195,13 +195,16 @@ class _Bench:
         result: dict[str, Any] = {}
         if wanted["kind"] in MODEL_KINDS:
             assert self.model is not None
+            from methodbench.torchkit import activation_sparsity
+
             compressed = self._compress(task, described, ctx)
+            activation_sparsity.forget(compressed.model)
             evaluation, marks = self._evaluate(
                 compressed.model, ctx, lambda: task.evaluate(compressed.model, ctx)
             )
             result |= _storage(compressed.model)
             result["marks"] = [asdict(mark) for mark in (*compressed.marks, *marks)]
-            facts = dict(compressed.model.facts)
+            facts = compressed.model.facts | activation_sparsity.measured(compressed.model)
         else:
             evaluation, marks = self._evaluate(
                 self.model, ctx, lambda: task.evaluate(self.method, self.model, ctx)

@@ -9,17 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from methodbench.testing.parity import Vectors, stated_by
+from methodbench.torchkit.activation_sparsity import Site, SparseInput, Threshold, TopK, dense_tokens, score
 from methodbench.torchkit.adapters import detect
 from methodbench.torchkit.model import LoadedModel
 from methodbench_sparse.rotation import rotate
-from methodbench_sparse.wina import (
-    MaskedInput,
-    ScoreHistogram,
-    column_norms,
-    input_mask,
-    input_score,
-    masked_tokens,
-)
+from methodbench_sparse.wina import ScoreHistogram, column_norms
 
 pytestmark = pytest.mark.vectors("sparse", "wina")
 
@@ -29,11 +23,24 @@ def limit(vectors: Vectors, pattern: str) -> float:
     return stated_by(vectors.meta["tolerance"], pattern + r" ([\d.e-]+)")
 
 
-def masked_linear(vectors: Vectors, sparsity: float, threshold: float | None = None) -> MaskedInput:
+def masked_linear(vectors: Vectors, rule: nn.Module) -> SparseInput:
     weight = vectors.tensor("W")
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     linear.weight = nn.Parameter(weight, requires_grad=False)
-    return MaskedInput(linear, column_norms(weight), sparsity, threshold)
+    return SparseInput(linear, rule, Site("input", "last-99%", {"": 1.0}))
+
+
+def topk(vectors: Vectors, sparsity: float) -> TopK:
+    weight = vectors.tensor("W")
+    return TopK(int(weight.shape[1] * (1 - sparsity)), column_norms(weight))
+
+
+def whole_mask(rule: nn.Module, x: Tensor) -> Tensor:
+    """The mask of all tokens: True for those at the start that stay dense."""
+    mask = torch.ones_like(x, dtype=torch.bool)
+    first = dense_tokens("last-99%", x.shape[1])
+    mask[:, first:] = rule(x[:, first:])
+    return mask
 
 
 def test_column_norms_equal_the_reference(vectors: Vectors) -> None:
@@ -43,21 +50,22 @@ def test_column_norms_equal_the_reference(vectors: Vectors) -> None:
 def test_topk_masks_and_outputs_equal_the_reference_at_every_sparsity(vectors: Vectors) -> None:
     x = vectors.tensor("x")
     for index, sparsity in enumerate(vectors["ss"].tolist()):
-        layer = masked_linear(vectors, sparsity)
+        rule = topk(vectors, sparsity)
         expected = vectors.tensor(f"topk_mask_{index}").bool()
-        got = layer.mask(x)
-        assert_equal_up_to_ties(got, expected, input_score(x, layer.norms))
+        got = whole_mask(rule, x)
+        assert_equal_up_to_ties(got, expected, score(x, rule.scale))
         assert torch.equal(got.sum(dim=-1), expected.sum(dim=-1))
         same = (got == expected).all(dim=-1)
-        torch.testing.assert_close(layer(x)[same], vectors.tensor(f"topk_y_{index}")[same])
+        got_y = masked_linear(vectors, rule)(x)
+        torch.testing.assert_close(got_y[same], vectors.tensor(f"topk_y_{index}")[same])
 
 
 def test_a_single_token_is_masked_as_in_the_reference(vectors: Vectors) -> None:
     token = vectors.tensor("x")[:, :1]
     for index, sparsity in enumerate(vectors["ss"].tolist()):
         expected = vectors.tensor(f"topk_mask_tok_{index}").bool()
-        layer = masked_linear(vectors, sparsity)
-        assert_equal_up_to_ties(layer.mask(token), expected, input_score(token, layer.norms))
+        rule = topk(vectors, sparsity)
+        assert_equal_up_to_ties(whole_mask(rule, token), expected, score(token, rule.scale))
 
 
 def test_thresholds_equal_the_reference_at_every_sparsity(vectors: Vectors) -> None:
@@ -71,13 +79,11 @@ def test_thresholds_equal_the_reference_at_every_sparsity(vectors: Vectors) -> N
 
 def test_threshold_mask_equals_the_reference(vectors: Vectors) -> None:
     x, threshold = vectors.tensor("x"), float(vectors["thresholds"][1])
-    layer = masked_linear(vectors, float(vectors["ss"][1]), threshold)
-    scores = input_score(x, layer.norms)
-    clear = (scores - threshold).abs() > limit(vectors, "thresholds rtol") * threshold
-    clear[:, : x.shape[1] - masked_tokens(x.shape[1])] = True
+    rule = Threshold(threshold, column_norms(vectors.tensor("W")))
+    clear = (score(x, rule.scale) - threshold).abs() > limit(vectors, "thresholds rtol") * threshold
+    clear[:, : dense_tokens("last-99%", x.shape[1])] = True
     assert clear.float().mean() > 0.9
-    assert torch.equal(layer.mask(x)[clear], vectors.tensor("thr_mask").bool()[clear])
-    assert torch.equal(layer.mask(x), input_mask(scores, layer.keep, threshold))
+    assert torch.equal(whole_mask(rule, x)[clear], vectors.tensor("thr_mask").bool()[clear])
 
 
 def assert_equal_up_to_ties(got: Tensor, expected: Tensor, scores: Tensor) -> None:
