@@ -12,6 +12,7 @@ from methodbench.entries import Method
 from methodbench.params import describe, resolve
 from methodbench.protocols import Compressor
 from methodbench_sparse import plugin
+from methodbench_sparse.activation_entries import METHODS as ACTIVATION_METHODS
 
 METHODS = plugin.methodbench_methods()
 
@@ -24,7 +25,7 @@ def implementation(method: Method) -> type:
 def test_the_family_lists_its_methods_once() -> None:
     (family,) = plugin.methodbench_families()
     names = [method.name for method in METHODS]
-    assert names == ["magnitude", "wanda", "wina", "teal", "cats"]
+    assert names == ["magnitude", "wanda", *(method.name for method in ACTIVATION_METHODS)]
     assert {method.family for method in METHODS} == {family.name}
 
 

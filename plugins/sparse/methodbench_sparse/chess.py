@@ -55,10 +55,13 @@ class CHESS:
     selective: Annotated[
         bool, Field(description="also mask the inputs of the query and output projections (CHESS w/)")
     ] = True
-    accumulate: Annotated[int, Field(ge=1, description="calibration sequences of which one quantile is taken")] = 4
+    accumulate: Annotated[
+        int, Field(ge=1, description="calibration sequences of which one quantile is taken")
+    ] = 4
     positions: Annotated[Positions, Field(description=POSITIONS_HELP)] = "all"
     corrections: Annotated[
-        int, Field(ge=0, le=8, description="times that the level is corrected by what calibration text measures")
+        int,
+        Field(ge=0, le=8, description="times that the level is corrected by what calibration text measures"),
     ] = 0
 
     def compress(self, model: LoadedModel, data: Calibration, ctx: Context) -> LoadedModel:
@@ -161,7 +164,7 @@ def mean_square(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def quantile(values: Tensor, share: float) -> Tensor:
-    """Return the ``int(n share)``-th smallest of ``values`` (any shape, n entries); below all of them where that is 0."""
+    """Return the ``int(n share)``-th smallest of the n non-negative ``values`` (any shape); 0 where that count is 0."""
     count = int(values.numel() * share)
     return values.flatten().kthvalue(count).values if count else torch.zeros_like(values.flatten()[0])
 

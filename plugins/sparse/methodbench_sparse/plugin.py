@@ -7,6 +7,7 @@ from typing import Any
 
 from methodbench.entries import Family, Method, Paper, SuiteFile
 from methodbench.hookspecs import hookimpl
+from methodbench_sparse.activation_entries import METHODS as ACTIVATION_METHODS
 
 _WANDA_CODE = "locuslab/wanda@8e8fc87b4a2f9955baa7e76e64d5fce7fa8724a6"
 
@@ -16,17 +17,6 @@ _PRUNING_PRESETS: Mapping[str, Mapping[str, Any]] = {
     "s70": {"sparsity": 0.7},
     "s50-2of4": {"sparsity": 0.5, "pattern": "2:4"},
     "s50-4of8": {"sparsity": 0.5, "pattern": "4:8"},
-}
-#: Sparsity of the inputs of all Linears in the blocks, which is the model-level sparsity.
-_INPUT_PRESETS: Mapping[str, Mapping[str, Any]] = {
-    "s25": {"sparsity": 0.25},
-    "s40": {"sparsity": 0.4},
-    "s50": {"sparsity": 0.5},
-    "s65": {"sparsity": 0.65},
-}
-#: Model-level sparsity of methods that touch a part of the Linears.
-_MODEL_PRESETS: Mapping[str, Mapping[str, Any]] = {
-    name: {**values, "counted": "model"} for name, values in _INPUT_PRESETS.items()
 }
 
 
@@ -118,119 +108,7 @@ def methodbench_methods() -> list[Method]:
                 "dtype-stable",
             ),
         ),
-        Method(
-            name="wina",
-            kind="compressor",
-            stage="prune",
-            family="sparse",
-            impl="methodbench_sparse.wina:WINA",
-            summary="Zeroes, token by token, the inputs of lowest magnitude times column norm.",
-            applies_to=("causal-lm",),
-            paper=Paper(
-                title="WINA: Weight Informed Neuron Activation for Accelerating"
-                " Large Language Model Inference",
-                arxiv="2505.19427",
-                year=2025,
-                authors="Sihan Chen and Dan Zhao and Jongwoo Ko and Colby Banbury and Huiping Zhuang"
-                " and Luming Liang and Tianyi Chen",
-                code="microsoft/wina",
-            ),
-            needs=("calibration",),
-            presets={
-                **_INPUT_PRESETS,
-                "s50-greedy": {"sparsity": 0.5, "greedy": True},
-                "s50-paper": {"sparsity": 0.5, "columns": "paper", "subtract_embed_mean": False},
-                "s50-plain": {"sparsity": 0.5, "transform": False},
-                "s50-threshold": {"sparsity": 0.5, "mask_by": "threshold"},
-            },
-            claims="wina.toml",
-            fidelity="authors-code",
-            parity="microsoft/wina@8153dbf72ab4a05b0dc2032018c09d3256cf4541",
-            vectors=("sparse/wina",),
-            properties=(
-                "deterministic",
-                "no-input-mutation",
-                "identity-at:sparsity=0,transform=false",
-                "monotone:-sparsity",
-                "batch-split-invariant",
-                "dtype-stable",
-            ),
-            positions="{positions}",
-        ),
-        Method(
-            name="teal",
-            kind="compressor",
-            stage="prune",
-            family="sparse",
-            impl="methodbench_sparse.teal:TEAL",
-            summary="Zeroes, token by token, the inputs below a calibrated magnitude.",
-            applies_to=("causal-lm",),
-            paper=Paper(
-                title="Training-Free Activation Sparsity in Large Language Models",
-                arxiv="2408.14690",
-                venue="ICLR",
-                year=2025,
-                authors="James Liu and Pragaash Ponnusamy and Tianle Cai and Han Guo and Yoon Kim"
-                " and Ben Athiwaratkun",
-                code="FasterDecoding/TEAL",
-            ),
-            needs=("calibration",),
-            presets={
-                **_INPUT_PRESETS,
-                "s50-topk": {"sparsity": 0.5, "mask_by": "topk"},
-                "s50-greedy": {"sparsity": 0.5, "greedy": True},
-            },
-            claims="teal.toml",
-            fidelity="authors-code",
-            parity="FasterDecoding/TEAL@5baaec8645ce76368bd49eb05efb23f1da7edec6",
-            vectors=("sparse/teal",),
-            properties=(
-                "deterministic",
-                "no-input-mutation",
-                "identity-at:sparsity=0",
-                "monotone:-sparsity",
-                "batch-split-invariant",
-                "dtype-stable",
-            ),
-            positions="{positions}",
-        ),
-        Method(
-            name="cats",
-            kind="compressor",
-            stage="prune",
-            family="sparse",
-            impl="methodbench_sparse.cats:CATS",
-            summary="Zeroes the neurons of feed-forward networks whose gate is below a calibrated magnitude.",
-            applies_to=("causal-lm",),
-            paper=Paper(
-                title="CATS: Contextually-Aware Thresholding for Sparsity in Large Language Models",
-                arxiv="2404.08763",
-                venue="COLM",
-                year=2024,
-                authors="Donghyun Lee and Je-Yong Lee and Genghan Zhang and Mo Tiwari and Azalia Mirhoseini",
-                code="ScalingIntelligence/CATS",
-            ),
-            needs=("calibration",),
-            presets={
-                "f50": {"sparsity": 0.5},
-                "f70": {"sparsity": 0.7},
-                "f90": {"sparsity": 0.9},
-                **_MODEL_PRESETS,
-            },
-            claims="cats.toml",
-            fidelity="authors-code",
-            parity="ScalingIntelligence/CATS@679959c3323790be0a7d7d9af78e0580f8b88ed8",
-            vectors=("sparse/cats",),
-            properties=(
-                "deterministic",
-                "no-input-mutation",
-                "identity-at:sparsity=0",
-                "monotone:-sparsity",
-                "batch-split-invariant",
-                "dtype-stable",
-            ),
-            positions="{positions}",
-        ),
+        *ACTIVATION_METHODS,
     ]
 
 

@@ -51,7 +51,8 @@ class RSparse:
     """Splits every Linear in the blocks into columns for large inputs and a low-rank part for the others."""
 
     sparsity: Annotated[
-        float, Field(ge=0, lt=1, description="share of every weight that is not read; model-level sparsity too")
+        float,
+        Field(ge=0, lt=1, description="share of every weight that is not read; model-level sparsity too"),
     ] = 0.5
     alpha: Annotated[
         float,
@@ -62,12 +63,14 @@ class RSparse:
             "0 no columns, 0.95 is the paper's recipe without a search",
         ),
     ] = 0.95
-    search: Annotated[bool, Field(description="find an alpha for each Linear by the loss on calibration text")] = (
-        False
-    )
+    search: Annotated[
+        bool, Field(description="find an alpha for each Linear by the loss on calibration text")
+    ] = False
     population: Annotated[int, Field(ge=2, description="recipes that live at a time")] = 32
     generations: Annotated[int, Field(ge=1, description="generations of the search")] = 5
-    mutation: Annotated[float, Field(ge=0, le=1, description="chance that an alpha of a child is redrawn")] = 0.5
+    mutation: Annotated[
+        float, Field(ge=0, le=1, description="chance that an alpha of a child is redrawn")
+    ] = 0.5
     search_sequences: Annotated[int, Field(ge=1, description="calibration sequences of the search")] = 16
     tokens: Annotated[int, Field(ge=1, description="calibration tokens of the thresholds")] = 512
     positions: Annotated[Positions, Field(description=POSITIONS_HELP)] = "last-10%"
@@ -80,9 +83,11 @@ class RSparse:
                 logits.
         """
         linears = block_linears(model)
-        alphas = [self.alpha]
-        if self.search:
-            alphas = sorted({self.alpha, *(index / (CHOICES - 1) for index in range(CHOICES))})
+        # A budget of all weights is spent on columns: the dense model.
+        alpha = self.alpha if self.sparsity else 1.0
+        alphas = [alpha]
+        if self.search and self.sparsity:
+            alphas = sorted({alpha, *(index / (CHOICES - 1) for index in range(CHOICES))})
         with ctx.phase("calibrate"):
             thresholds = self._thresholds(model, data, alphas, ctx)
         with ctx.phase("decompose"):
@@ -105,8 +110,8 @@ class RSparse:
             sparse.storage = "simulated"
             return sparse
 
-        recipe: Recipe = (self.alpha,) * len(linears)
-        if self.search and self.sparsity:
+        recipe: Recipe = (alpha,) * len(linears)
+        if len(alphas) > 1:
             with ctx.phase("search"):
                 ids = data.inputs[: self.search_sequences]
                 recipe = evolve(
@@ -130,7 +135,7 @@ class RSparse:
 
     def _rank(self, linear: nn.Module, alpha: float) -> int:
         out, width = linear.get_parameter("weight").shape
-        return 0 if self.sparsity == 0 else split_budget(width, out, self.sparsity, alpha)[1]
+        return split_budget(width, out, self.sparsity, alpha)[1]
 
     def _largest_rank(self, linear: nn.Module, alphas: Sequence[float]) -> int:
         return max(self._rank(linear, alpha) for alpha in alphas)
@@ -250,7 +255,9 @@ def sequence_loss(model: LoadedModel, ids: Tensor) -> float:
     for row in ids:
         logits = getattr(model.module(row[None]), "logits", None)
         if logits is None:
-            raise NotApplicableError(f"{model.name} gives no logits to judge a recipe by", "Set search=false.")
+            raise NotApplicableError(
+                f"{model.name} gives no logits to judge a recipe by", "Set search=false."
+            )
         losses.append(nn.functional.cross_entropy(logits[0, :-1].float(), row[1:]))
     return float(torch.stack(losses).mean())
 
