@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from methodbench.testing.parity import Vectors
+from methodbench.testing.parity import Vectors, stated_by
 from methodbench.torchkit.activation_sparsity import Site, Threshold, score
 from methodbench_sparse.r_sparse import (
     RankAwareLinear,
@@ -21,8 +21,17 @@ from methodbench_sparse.r_sparse import (
 
 pytestmark = pytest.mark.vectors("sparse", "r_sparse")
 
+
+def limit(vectors: Vectors, pattern: str) -> float:
+    """A number out of the sentence in which the vectors state their tolerances."""
+    return stated_by(vectors.meta["tolerance"], pattern + r" ?([\d.]+(?:e-\d+)?)")
+
+
 NAMES = ("q", "gate", "down")
-SCALE_RTOL, OUT_RTOL, OUT_ATOL = 2e-3, 1e-2, 5e-3
+
+
+def close(vectors: Vectors) -> dict[str, float]:
+    return {"rtol": limit(vectors, "outputs rtol"), "atol": limit(vectors, r"outputs rtol \S+ atol")}
 
 
 class FromToken(Site):
@@ -94,12 +103,16 @@ def test_scales_ranks_and_thresholds_equal_the_reference(vectors: Vectors) -> No
             weight = vectors.tensor(f"W_{name}")
             if f"{run}_{name}_scale" in vectors:
                 expected = vectors.tensor(f"{run}_{name}_scale")
-                torch.testing.assert_close(column_scale(weight), expected, rtol=SCALE_RTOL, atol=0)
+                torch.testing.assert_close(
+                    column_scale(weight), expected, rtol=limit(vectors, "thresholds/scale rtol"), atol=0
+                )
             rank = split_budget(weight.shape[1], weight.shape[0], s, alpha, at_least_one=floor)[1]
             assert rank == int(vectors[f"{run}_{name}_rank"]), f"{run} {name}"
             scores = score(inputs[name], None if alpha == 1 else column_scale(weight)).flatten()
             got = threshold(scores, s, alpha)
-            assert got == pytest.approx(float(vectors[f"{run}_{name}_thr"]), rel=SCALE_RTOL), f"{run} {name}"
+            assert got == pytest.approx(
+                float(vectors[f"{run}_{name}_thr"]), rel=limit(vectors, "thresholds/scale rtol")
+            ), f"{run} {name}"
 
 
 def test_outputs_of_sequences_equal_the_reference(vectors: Vectors) -> None:
@@ -112,7 +125,7 @@ def test_outputs_of_sequences_equal_the_reference(vectors: Vectors) -> None:
         near: list[Tensor] = []
         for layer in layers.values():
             layer.register_forward_pre_hook(
-                lambda layer, args, near=near: near.append(borderline(layer, args[0]))
+                lambda layer, args, near=near: near.append(borderline(vectors, layer, args[0]))
             )
         with torch.no_grad():
             got = Toy(layers)(x)
@@ -120,9 +133,7 @@ def test_outputs_of_sequences_equal_the_reference(vectors: Vectors) -> None:
         dense = int(x.shape[1] * (1 - ratio))
         clear[:, :dense] = True
         compared += int(clear[:, dense:].sum())
-        torch.testing.assert_close(
-            got[clear], vectors.tensor(f"{run}_y_seq")[clear], rtol=OUT_RTOL, atol=OUT_ATOL
-        )
+        torch.testing.assert_close(got[clear], vectors.tensor(f"{run}_y_seq")[clear], **close(vectors))
     assert compared > 0
 
 
@@ -132,13 +143,13 @@ def test_outputs_of_a_single_token_equal_the_reference(vectors: Vectors) -> None
         if f"{run}_q_tok" not in vectors:
             continue
         layer = split(vectors, run, "q", FromToken(1))
-        if not borderline(layer, token).any():
+        if not borderline(vectors, layer, token).any():
             expected = vectors.tensor(f"{run}_q_tok")
-            torch.testing.assert_close(layer(token), expected, rtol=OUT_RTOL, atol=OUT_ATOL)
+            torch.testing.assert_close(layer(token), expected, **close(vectors))
 
 
-def borderline(layer: nn.Module, x: Tensor) -> Tensor:
+def borderline(vectors: Vectors, layer: nn.Module, x: Tensor) -> Tensor:
     """Tokens with an input so near to the threshold that rounded factors may decide otherwise."""
     assert isinstance(layer, RankAwareLinear)
     scores, t = score(x, layer.rule.scale), layer.rule.threshold
-    return ((scores - t).abs() <= SCALE_RTOL * t).any(-1)
+    return ((scores - t).abs() <= limit(vectors, "within") * t).any(-1)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from methodbench.context import Context
-from methodbench.testing.parity import Vectors
+from methodbench.testing.parity import Vectors, stated_by
 from methodbench.torchkit.activation_sparsity import SparseInput, Threshold, mask_inputs
 from methodbench.torchkit.adapters import Adapter
 from methodbench.torchkit.model import Calibration, LoadedModel
@@ -18,7 +18,10 @@ from methodbench_sparse.teal import TEAL, Histogram
 
 pytestmark = pytest.mark.vectors("sparse", "teal")
 
-RTOL, ERROR_RTOL = 1e-4, 1e-3
+
+def limit(vectors: Vectors, pattern: str) -> float:
+    """A number out of the sentence in which the vectors state their tolerances."""
+    return stated_by(vectors.meta["tolerance"], pattern + r" ?([\d.]+(?:e-\d+)?)")
 
 
 def histogram(vectors: Vectors, values: Tensor, bins: int | None = None) -> Histogram:
@@ -29,14 +32,16 @@ def histogram(vectors: Vectors, values: Tensor, bins: int | None = None) -> Hist
 def test_thresholds_equal_the_reference_at_every_sparsity(vectors: Vectors) -> None:
     found = histogram(vectors, vectors.tensor("acts"))
     got = [found.threshold(share) for share in vectors["ps"].tolist()]
-    assert got == pytest.approx(vectors["thresholds"].tolist(), rel=RTOL)
+    assert got == pytest.approx(vectors["thresholds"].tolist(), rel=limit(vectors, "thresholds rtol"))
 
 
 def test_a_coarse_histogram_equals_the_reference(vectors: Vectors) -> None:
     expected = vectors.tensor("hist200_counts")
     found = histogram(vectors, vectors.tensor("acts"), len(expected))
     assert torch.equal(found.counts, expected)
-    torch.testing.assert_close(found.centers, vectors.tensor("hist200_centers"), rtol=RTOL, atol=1e-6)
+    torch.testing.assert_close(
+        found.centers, vectors.tensor("hist200_centers"), rtol=limit(vectors, "thresholds rtol"), atol=1e-6
+    )
 
 
 @pytest.mark.parametrize(
@@ -55,7 +60,7 @@ def test_masked_inputs_equal_the_reference(vectors: Vectors, array: str, inputs:
     identity.weight = nn.Parameter(torch.eye(x.shape[-1]), requires_grad=False)
     model = LoadedModel("toy", "causal-lm", nn.Sequential(nn.Sequential(identity)), ADAPTER)
     mask_inputs(model, {"0.0": Threshold(threshold)}, positions)
-    clear = (x.abs() - threshold).abs() > RTOL * threshold
+    clear = (x.abs() - threshold).abs() > limit(vectors, "within") * threshold
     assert clear.float().mean() > 0.99
     assert torch.equal(model.module(x)[clear], expected[clear])
 
@@ -116,7 +121,7 @@ def test_the_greedy_search_takes_the_steps_of_the_reference(vectors: Vectors) ->
     assert len(got) == len(rows)
     for row, expected in zip(got, rows, strict=True):
         assert row.effective == pytest.approx(expected[0], abs=1e-6)
-        assert row.error == pytest.approx(expected[1], rel=ERROR_RTOL)
+        assert row.error == pytest.approx(expected[1], rel=limit(vectors, "errors rtol"))
         assert list(row.levels.values()) == pytest.approx(expected[3:].tolist(), abs=1e-6)
     for expected in rows[:: len(rows) // 4]:
         uniform = run(dict.fromkeys(weights, float(expected[0])))
