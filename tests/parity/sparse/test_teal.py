@@ -126,6 +126,6 @@ def test_the_greedy_search_takes_the_steps_of_the_reference(vectors: Vectors) ->
     for expected in rows[:: len(rows) // 4]:
         uniform = run(dict.fromkeys(weights, float(expected[0])))
         assert output_error(uniform, dense, hyper["last_fraction"]) == pytest.approx(
-            expected[2], rel=ERROR_RTOL
+            expected[2], rel=limit(vectors, "errors rtol")
         )
     assert nearest_row(got, hyper["target"]) in [row.levels for row in got]
