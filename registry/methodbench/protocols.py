@@ -94,6 +94,19 @@ class Explainer(Protocol):
 
 
 @runtime_checkable
+class Oracle(Explainer, Protocol):
+    """An explainer that is told the truth: the upper end of a scale, no competitor.
+
+    Tasks that know the masks call :meth:`explain_known` instead of :meth:`Explainer.explain`, which has
+    nothing to say without them.
+    """
+
+    def explain_known(self, masks: Tensor) -> Tensor:
+        """Return maps [B, H, W] in [0, 1] from the true masks, bool [B, H, W]."""
+        ...
+
+
+@runtime_checkable
 class Segmenter(Protocol):
     """Masks learned from weak labels."""
 

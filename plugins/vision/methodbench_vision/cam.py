@@ -68,13 +68,15 @@ def features(
         prefix_tokens: see :func:`spatial`.
 
     Raises:
-        ParameterError: a layer does not exist, or a target is not one of the classes.
-        NotApplicableError: a layer has no feature maps, or the score does not depend on it.
+        ParameterError: a layer does not exist, a target is not one of the classes, or the images are no images.
+        NotApplicableError: a layer has no feature maps, the score does not depend on it, or the model is in
+            training mode.
     """
+    check_images(model, x)
     names = layer_names(model, x, layer)
     with recorded(model.module, names, gradients=True) as held:
         logits = model.module(x)
-    _check_targets(logits, target, len(x))
+    check_targets(logits, target, len(x))
     activations = [_called(held, name) for name in names]
     score = logits.gather(1, target[:, None]).sum()
     gradients: Sequence[Tensor | None] = [None] * len(names)
@@ -82,8 +84,8 @@ def features(
         gradients = torch.autograd.grad(score, activations, allow_unused=True)
     return [
         Features(
-            spatial(model.module, name, activation.detach(), prefix_tokens),
-            spatial(model.module, name, _connected(name, gradient), prefix_tokens),
+            spatial(model, name, activation.detach(), prefix_tokens),
+            spatial(model, name, _connected(name, gradient), prefix_tokens),
         )
         for name, activation, gradient in zip(names, activations, gradients, strict=True)
     ]
@@ -95,13 +97,53 @@ def activations(
     """Return the feature maps [B, C, h, w] of each layer for images ``x`` [B, C, H, W], without any gradient.
 
     Raises:
-        ParameterError: a layer does not exist.
-        NotApplicableError: a layer has no feature maps.
+        ParameterError: a layer does not exist, or the images are no images.
+        NotApplicableError: a layer has no feature maps, or the model is in training mode.
     """
+    check_images(model, x)
     names = layer_names(model, x, layer)
     with recorded(model.module, names, gradients=False) as held:
         model.module(x)
-    return [spatial(model.module, name, _called(held, name), prefix_tokens) for name in names]
+    return [spatial(model, name, _called(held, name), prefix_tokens) for name in names]
+
+
+def class_scores(model: LoadedModel, x: Tensor, target: Tensor) -> Tensor:
+    """Return the raw logit of each image's class, float32 [B], without any gradient.
+
+    Raises:
+        ParameterError: a target is not one of the classes.
+    """
+    with torch.inference_mode():
+        logits = model.module(x)
+    check_targets(logits, target, len(x))
+    return logits.gather(1, target[:, None])[:, 0].float()
+
+
+def check_images(model: LoadedModel, x: Tensor) -> None:
+    """Refuse what no map can be made of.
+
+    Raises:
+        ParameterError: ``x`` is no batch of images with the model's channels, or holds values that are not finite.
+        NotApplicableError: the model is in training mode, where images change each other's scores.
+    """
+    if model.module.training:
+        raise NotApplicableError(
+            f"{model.name} is in training mode, where batch norm and dropout change the scores",
+            "Call model.module.eval() first.",
+        )
+    if x.ndim != 4 or not x.is_floating_point() or not x.numel():
+        raise ParameterError(
+            f"images must be floating point [B, C, H, W], got {x.dtype} {list(x.shape)}",
+            "Turn pictures into inputs as the model's `preprocess` says.",
+        )
+    channels = len(model.preprocess.mean) if model.preprocess is not None else x.shape[1]
+    if x.shape[1] != channels:
+        raise ParameterError(
+            f"the images have {x.shape[1]} channels, {model.name} takes {channels}",
+            "Grayscale pictures and pictures with an alpha channel are converted to RGB first.",
+        )
+    if not bool(x.isfinite().all()):
+        raise ParameterError("the images hold values that are not finite", "Mend or leave out these images.")
 
 
 def saliency(raw: Sequence[Tensor], size: tuple[int, int], *, rectify: bool = True) -> Tensor:
@@ -188,18 +230,18 @@ def recorded(module: nn.Module, names: Sequence[str], *, gradients: bool) -> Ite
         for name in dict.fromkeys(names)
     ]
     try:
-        with torch.no_grad():
+        with torch.no_grad() if gradients else torch.inference_mode():
             yield held
     finally:
         for handle in handles:
             handle.remove()
 
 
-def spatial(module: nn.Module, name: str, values: Tensor, prefix_tokens: PrefixTokens = None) -> Tensor:
+def spatial(model: LoadedModel, name: str, values: Tensor, prefix_tokens: PrefixTokens = None) -> Tensor:
     """Return a layer's output as float32 maps [B, C, h, w].
 
-    Tokens [B, prefix + h w, C] lose their ``prefix_tokens`` leading ones (by default as many as the model
-    says, as timm's do) and are laid out on the grid of the patch embedding, or on a square.
+    Tokens [B, prefix + h w, C] lose their ``prefix_tokens`` leading ones (by default as many as the adapter
+    finds) and are laid out on the adapter's grid of patches, or on a square.
 
     Raises:
         NotApplicableError: the tokens fill no grid.
@@ -207,17 +249,17 @@ def spatial(module: nn.Module, name: str, values: Tensor, prefix_tokens: PrefixT
     values = values.float()
     if values.ndim == 4:
         return values
-    prefix = int(getattr(module, "num_prefix_tokens", 0)) if prefix_tokens is None else prefix_tokens
+    prefix = model.adapter.prefix_tokens(model.module) if prefix_tokens is None else prefix_tokens
     patches = values[:, prefix:]
     count = patches.shape[1]
     side = math.isqrt(max(count, 0))
-    grid = getattr(getattr(module, "patch_embed", None), "grid_size", None) or (side, side)
+    grid = model.adapter.patch_grid(model.module) or (side, side)
     if count == 0 or grid[0] * grid[1] != count:
         raise NotApplicableError(
             f"the {values.shape[1]} tokens of layer {name!r}, less {prefix} in front, do not fill a grid",
             "Set prefix_tokens to the number of class, distillation and register tokens.",
         )
-    return patches.transpose(1, 2).unflatten(2, tuple(grid))
+    return patches.transpose(1, 2).unflatten(2, grid)
 
 
 def _pooled_layer(model: LoadedModel, x: Tensor) -> str:
@@ -235,7 +277,7 @@ def _pooled_layer(model: LoadedModel, x: Tensor) -> str:
         if name and not isinstance(layer, _POOLS)
     ]
     try:
-        with torch.no_grad():
+        with torch.inference_mode():
             model.module(x)
     finally:
         for handle in handles:
@@ -248,7 +290,13 @@ def _pooled_layer(model: LoadedModel, x: Tensor) -> str:
     return last
 
 
-def _check_targets(logits: Tensor, target: Tensor, images: int) -> None:
+def check_targets(logits: Tensor, target: Tensor, images: int) -> None:
+    """Refuse targets that are not one class per image, and models that return no logits.
+
+    Raises:
+        ParameterError: a target is not one of the classes.
+        NotApplicableError: the output is not [B, K].
+    """
     if logits.ndim != 2 or len(logits) != images:
         raise NotApplicableError(
             f"the model returns {tuple(logits.shape)} for {images} images, not logits [B, K]"

@@ -43,8 +43,13 @@ class RandomCAM:
 
 def random_weights(x: Tensor, channels: int, seed: int) -> Tensor:
     """Return weights [B, channels] from U(-1, 1) that depend on seed and image, not on the batch."""
-    weights = [
-        np.random.default_rng((seed, zlib.crc32(image.tobytes()))).uniform(-1, 1, channels)
+    return drawn_per_image(x, (channels,), seed, -1, 1)
+
+
+def drawn_per_image(x: Tensor, shape: tuple[int, ...], seed: int, low: float, high: float) -> Tensor:
+    """Return float32 [B, *shape] from U(low, high), one stream per image of ``x`` and seed."""
+    values = [
+        np.random.default_rng((seed, zlib.crc32(image.tobytes()))).uniform(low, high, shape)
         for image in x.detach().float().cpu().numpy()
     ]
-    return torch.from_numpy(np.stack(weights)).to(x.device, torch.float32)
+    return torch.from_numpy(np.stack(values)).to(x.device, torch.float32)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from methodbench.errors import NotApplicableError
 from methodbench.properties import Promise
+from methodbench.protocols import Oracle
 from methodbench.testing import planted
 from methodbench.testing.subject import Skip, Subject, fingerprint, for_all, require
 from methodbench.torchkit.model import LoadedModel
@@ -102,6 +103,16 @@ class Explainers:
             f"{mass:.0%} of the mass on the evidence (constant map {chance:.0%}), peak on it in {points:.0%}"
         )
 
+    def oracle(self) -> str:
+        """Hand the planted masks to a method that is told the truth."""
+        images = planted.evidence_images(IMAGES, 3)
+        maps: Tensor = self.subject.build().explain_known(images.masks)
+        require(tuple(maps.shape) == tuple(images.masks.shape), f"maps are {tuple(maps.shape)}")
+        require(float(maps.min()) >= 0 and float(maps.max()) <= 1, "maps leave [0, 1]")
+        mass = float(planted.evidence_mass(maps, images.masks).mean())
+        require(mass > 0.999, f"{mass:.1%} of the maps' mass lies on the mask that was given")
+        return ""
+
     # Declared properties.
 
     def scale_equivariant(self, _: Promise) -> str:
@@ -186,6 +197,8 @@ class Explainers:
 def checks(subject: Subject) -> Mapping[str, Callable[[], str]]:
     """Return the checks that every explainer must pass, by name."""
     bench = Explainers(subject)
+    if isinstance(subject.build(), Oracle):
+        return {"oracle": bench.oracle}
     runs = {f"runs-on-{kind}": functools.partial(bench.runs, kind) for kind in bench.kinds()}
     return {
         **runs,

@@ -226,6 +226,15 @@ class Adapter:
         """Return the norm between the last block and the head."""
         return _find(module, self.final_norm_name)
 
+    def prefix_tokens(self, module: nn.Module) -> int:
+        """Return how many tokens (class, distillation, registers) a vision transformer has before its patches."""
+        return int(getattr(module, "num_prefix_tokens", 0))
+
+    def patch_grid(self, module: nn.Module) -> tuple[int, int] | None:
+        """Return rows and columns of a vision transformer's patches; None where the embedding does not say."""
+        grid = getattr(self.embedding(module), "grid_size", None)
+        return None if grid is None else (int(grid[0]), int(grid[1]))
+
     def _leaves(self, module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
         for name, child in module.named_children():
             full = _join(prefix, name)

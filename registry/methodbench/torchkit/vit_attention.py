@@ -9,6 +9,8 @@ replaced. :class:`ExplicitAttention` computes the same function step by step::
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -63,15 +65,27 @@ class ExplicitAttention(nn.Module):
             is_causal: also hide the later tokens from each token.
         """
         batch, tokens, _ = x.shape
-        q, k, v = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        q, k = self.q_norm(q), self.k_norm(k)
-        logits = self.matmul1(q, k.transpose(-2, -1)) * self.scale
+        q, k, v = self._heads(self.qkv(x))
+        logits = self._logits(q, k)
         probabilities = self.attn_drop(_masked(logits, attn_mask, is_causal).softmax(dim=-1))
         out = self.matmul2(probabilities, v).transpose(1, 2).reshape(batch, tokens, self.width)
         out = self.norm(out)
         if self.gate is not None:
             out = out * self.gate(x).sigmoid()
         return self.proj_drop(self.proj(out))
+
+    def probabilities(self, qkv: Tensor) -> Tensor:
+        """Return A [B, heads, N, N] from the output [B, N, 3 D] of the query-key-value layer, without a mask."""
+        q, k, _ = self._heads(qkv)
+        return self._logits(q, k).softmax(dim=-1)
+
+    def _heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        batch, tokens, _ = qkv.shape
+        q, k, v = qkv.reshape(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        return self.q_norm(q), self.k_norm(k), v
+
+    def _logits(self, q: Tensor, k: Tensor) -> Tensor:
+        return self.matmul1(q, k.transpose(-2, -1)) * self.scale
 
 
 def explicit_attention(attention: nn.Module, name: str = "the attention") -> ExplicitAttention:
@@ -111,6 +125,41 @@ def use_explicit_attention(module: nn.Module, adapter: Adapter) -> dict[str, Exp
         replaced[name] = explicit_attention(module.get_submodule(name), name)
         set_submodule(module, name, replaced[name])
     return replaced
+
+
+@contextmanager
+def recorded_attention(module: nn.Module, adapter: Adapter) -> Iterator[dict[str, Tensor]]:
+    """Keep the attention probabilities of forward passes inside the ``with`` block, block by block.
+
+    They are computed beside the model's own attention, which may be a fused kernel, from what its
+    query-key-value layer returns; the model stays as it is.
+
+    Yields:
+        [B, heads, N, N] of the last pass by the attention's dotted name, in order of the blocks.
+
+    Raises:
+        NotApplicableError: the blocks have no attention, or one of another kind.
+    """
+    if adapter.layout is None:
+        raise NotApplicableError(f"the blocks of {type(module).__name__} have no attention")
+    held: dict[str, Tensor] = {}
+
+    def keep(name: str, attention: ExplicitAttention, qkv: Tensor) -> None:
+        held[name] = attention.probabilities(qkv)
+
+    names = [f"{block}.{adapter.layout.attention}" for block in adapter.block_names(module)]
+    explicit = [explicit_attention(module.get_submodule(name), name) for name in names]
+    handles = [
+        attention.qkv.register_forward_hook(
+            lambda _module, _args, qkv, name=name, attention=attention: keep(name, attention, qkv)
+        )
+        for name, attention in zip(names, explicit, strict=True)
+    ]
+    try:
+        yield held
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _part(attention: nn.Module, name: str) -> nn.Module:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from methodbench.context import Context
 from methodbench.errors import DivergedError, MethodbenchError, NotApplicableError
-from methodbench.protocols import Explainer
+from methodbench.protocols import Explainer, Oracle
 from methodbench.torchkit.model import LoadedModel, Preprocess
 
 _TOLERANCE = 1e-4
@@ -33,15 +33,23 @@ def on_device(inputs: Tensor, ctx: Context) -> Tensor:
     return inputs.to(ctx.device, getattr(torch, ctx.dtype))
 
 
-def timed_maps(method: Explainer, model: LoadedModel, x: Tensor, target: Tensor) -> tuple[Tensor, float]:
+def timed_maps(
+    method: Explainer, model: LoadedModel, x: Tensor, target: Tensor, masks: Tensor | None = None
+) -> tuple[Tensor, float]:
     """Return maps [B, H, W] of images [B, C, H, W] for classes [B], and the seconds it took.
 
+    An oracle is handed the true ``masks``, bool [B, H, W], instead.
+
     Raises:
+        NotApplicableError: an oracle on images whose truth is not known.
         DivergedError: a value is not finite.
         MethodbenchError: the maps have another shape, or leave [0, 1].
     """
     began = time.perf_counter()
-    maps = method.explain(model, x, target)
+    if masks is not None and isinstance(method, Oracle):
+        maps = method.explain_known(masks)
+    else:
+        maps = method.explain(model, x, target)
     if maps.is_cuda:
         torch.cuda.synchronize(maps.device)
     seconds = time.perf_counter() - began
