@@ -234,8 +234,11 @@ def to_pixels(x: Tensor, preprocess: Preprocess) -> np.ndarray:
 
 
 def scaled_schedule(schedule: Sequence[Octave], effort: float) -> list[Octave]:
-    """Return the schedule with ``effort`` times the iterations, one per octave at least."""
-    return [octave._replace(iterations=max(1, round(effort * octave.iterations))) for octave in schedule]
+    """Return the schedule with ``effort`` times the iterations, two per octave at least.
+
+    A single iteration would have a denoiser's weight of 0, by which it divides.
+    """
+    return [octave._replace(iterations=max(2, round(effort * octave.iterations))) for octave in schedule]
 
 
 def step_and_weight(octave: Octave, iteration: int) -> tuple[float, float]:

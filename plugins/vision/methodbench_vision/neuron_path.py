@@ -36,6 +36,9 @@ from methodbench_vision.cam import check_images, check_targets
 #: What becomes of a block's activation at the class token, [B, F] to [B, F].
 Edit = Callable[[Tensor], Tensor]
 
+#: What is measured of every path.
+_MEASURED = ("jas", "removed", "enhanced")
+
 
 @hyperparameters
 class NeuronPath:
@@ -51,9 +54,10 @@ class NeuronPath:
         """Explain the class that the model itself ranks first, for each of the images in ``data``.
 
         Returns:
-            Means over images of each path's joint attribution (``jas``), of the change of the probability when
-            it is removed or enhanced, and how far two images of one class, and of two, share neurons; for the
-            first image its ``path``, one neuron per block.
+            Per image the path's joint attribution (``jas``), the change of the probability when it is removed
+            or enhanced, and how far these lie above those of the path of the strongest activations and of a
+            random one; the share of neurons that two images of one class, and of two, have in common; ``path``
+            [images, blocks].
 
         Raises:
             NotApplicableError: no class token, or a feed-forward network of unknown structure.
@@ -76,20 +80,23 @@ class NeuronPath:
                 jas = joint_attribution(model, x, label, hidden, path, self.steps)
                 removed = probability(model, x, label, scaled(path, 0.0))
                 enhanced = probability(model, x, label, scaled(path, 2.0))
-                for key, values in (
-                    (f"jas{name}", jas),
-                    (f"removed{name}", removed - before),
-                    (f"enhanced{name}", enhanced - before),
-                ):
-                    found.setdefault(key, []).append(values.double())
+                for key, part in zip(_MEASURED, (jas, removed - before, enhanced - before), strict=True):
+                    found.setdefault(f"{key}{name}", []).append(part.double())
             paths.append(greedy.T)
             classes.append(label)
-        same, other = shared_neurons(torch.cat(paths), torch.cat(classes))
+        same, different = shared_neurons(torch.cat(paths), torch.cat(classes))
+        values = {name: torch.cat(parts).cpu().numpy() for name, parts in found.items()}
+        above = {
+            f"{name}-above-{other}": values[name] - values[f"{name}-{other}"]
+            for name in _MEASURED
+            for other in ("activation", "random")
+        }
         return {
-            **{name: float(torch.cat(values).mean()) for name, values in found.items()},
+            **{name: values[name] for name in _MEASURED},
+            **above,
             "shared-same-class": same,
-            "shared-other-class": other,
-            "path": torch.cat(paths)[0].double().cpu().numpy(),
+            "shared-other-class": different,
+            "path": torch.cat(paths).double().cpu().numpy(),
         }
 
 
