@@ -197,3 +197,19 @@ def test_planning_twice_imports_nothing_the_second_time(
     api.plan("toy-suite", catalog=catalog)
     monkeypatch.setattr("methodbench.engine.probe._child", lambda requests: pytest.fail("asked again"))
     assert len(api.plan("toy-suite", catalog=catalog).cells) == 12
+
+
+def test_what_was_planned_is_described_without_another_import(
+    catalog: Catalog, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from methodbench.engine.probe import describe, describe_all
+
+    monkeypatch.setenv("METHODBENCH_CACHE", str(tmp_path))
+    implementations = {name: catalog.method(name).impl for name in ("noop", "scale")}
+    expected = describe_all(implementations)
+    monkeypatch.setenv("METHODBENCH_CACHE", str(tmp_path / "fresh"))
+    api.plan("toy-suite", catalog=catalog)
+    monkeypatch.setattr("methodbench.engine.probe._child", lambda requests: pytest.fail("asked again"))
+    for name, implementation in implementations.items():
+        assert describe(name, implementation) == expected[name]
+        assert expected[name]["params"]

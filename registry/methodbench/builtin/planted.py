@@ -30,7 +30,7 @@ class PlantedModel:
 
     structure: Annotated[
         Literal["llama", "opt", "mixture", "vit", "cnn"], Field(description="which structure it has")
-    ] = "llama"
+    ] = "cnn"
     seed: Annotated[int, Field(ge=0, description="of weights and outlier channels")] = 0
 
     def prepare(self, source: Path | None, target: Path, ctx: Context) -> None:

@@ -41,12 +41,12 @@ def methodbench_methods() -> list[Method]:
     ]
 
 
-def _planted_model(name: str, kind: str, structure: str, summary: str) -> Model:
+def _planted_model(name: str, kind: str, loader: str, structure: str, summary: str) -> Model:
     return Model(
         name=name,
         kind=kind,
         source=f"recipe:{name}",
-        loader="methodbench.builtin.planted:PlantedModel",
+        loader=f"methodbench.builtin.{loader}",
         summary=summary,
         options={"structure": structure},
         notes="A random model for checking methods, not for ranking them.",
@@ -59,11 +59,16 @@ def methodbench_models() -> list[Model]:
         _planted_model(
             "planted-decoder",
             "causal-lm",
+            "planted_decoder:PlantedDecoder",
             "llama",
             "A random decoder of two blocks with planted outlier channels.",
         ),
         _planted_model(
-            "planted-cnn", "cnn", "cnn", "A network whose evidence for each class is known to the pixel."
+            "planted-cnn",
+            "cnn",
+            "planted:PlantedModel",
+            "cnn",
+            "A network whose evidence for each class is known to the pixel.",
         ),
     ]
 

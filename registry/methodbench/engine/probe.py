@@ -59,7 +59,13 @@ def resolve_all(questions: Sequence[Question]) -> list[dict[str, Any] | Methodbe
         answers = _ask([{"do": "resolve", **_request(question)} for question in unknown.values()])
         fresh = dict(zip(unknown, answers, strict=True))
         cached.update(fresh)
-        _write_cache({key: answer for key, answer in fresh.items() if "params" in answer})
+        kept = {key: answer for key, answer in fresh.items() if "params" in answer}
+        # The import is what costs: its description comes with it, for pages and `show`.
+        for key, question in unknown.items():
+            described = fresh[key].pop("described", None)
+            if described:
+                kept[_description_key(question.implementation)] = described
+        _write_cache(kept)
     return [_decode(cached[key]) for key in keys]
 
 
@@ -69,21 +75,20 @@ def describe(owner: str, implementation: str) -> dict[str, Any]:
     Raises:
         MethodbenchError: it cannot be imported.
     """
-    answer = _ask([{"do": "describe", "owner": owner, "implementation": implementation, "params": {}}])[0]
+    answer = _descriptions({owner: implementation})[owner]
     if "error" in answer:
         raise MethodbenchError(answer["error"], answer.get("hint", ""))
     return answer
 
 
 def describe_all(implementations: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """Describe several implementations, by their owners; see :func:`describe`.
+    """Describe several implementations, by their owners; see :func:`describe`. What cannot be imported is left out."""
+    return {owner: answer for owner, answer in _descriptions(implementations).items() if "doc" in answer}
 
-    All that is not in the cache is asked of one child. What cannot be imported is left out.
-    """
-    keys = {
-        owner: digest(["describe", implementation, source_digest(implementation)])
-        for owner, implementation in implementations.items()
-    }
+
+def _descriptions(implementations: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """Return the description of each implementation, or its error; what is not in the cache is asked of one child."""
+    keys = {owner: _description_key(implementation) for owner, implementation in implementations.items()}
     cached = _read_cache()
     unknown = [owner for owner, key in keys.items() if key not in cached]
     if unknown:
@@ -96,7 +101,11 @@ def describe_all(implementations: Mapping[str, str]) -> dict[str, dict[str, Any]
         fresh = {keys[owner]: answer for owner, answer in zip(unknown, answers, strict=True)}
         cached.update(fresh)
         _write_cache({key: answer for key, answer in fresh.items() if "doc" in answer})
-    return {owner: cached[key] for owner, key in keys.items() if "doc" in cached[key]}
+    return {owner: cached[key] for owner, key in keys.items()}
+
+
+def _description_key(implementation: str) -> str:
+    return digest(["describe", implementation, source_digest(implementation)])
 
 
 def _request(question: Question) -> dict[str, Any]:
@@ -187,9 +196,10 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
     except Exception as error:
         return {"error": f"{owner}: cannot import {implementation}: {type(error).__name__}: {error}"}
     try:
+        described = {"doc": cls.__doc__ or "", "params": params.describe(cls)}
         if request["do"] == "describe":
-            return {"doc": cls.__doc__ or "", "params": params.describe(cls)}
-        return {"params": params.resolve(cls, request["params"], owner)}
+            return described
+        return {"params": params.resolve(cls, request["params"], owner), "described": described}
     except ParameterError as error:
         return {"error": error.message, "hint": error.hint, "kind": "parameter"}
     except Exception as error:
