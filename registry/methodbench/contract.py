@@ -91,9 +91,8 @@ def digest_of(method: Method) -> str:
     """Return sha256 over what checks follow from: the method's source, the shared code it imports, and its entry."""
     promised = [list(method.applies_to), list(method.needs), list(method.properties), list(method.vectors)]
     settings = {name: dict(values) for name, values in method.presets.items()}
-    return digest(
-        [source_digest(method.impl), method.kind, promised, settings, dict(method.expected_failures)]
-    )
+    expected, light = dict(method.expected_failures), dict(method.check_params)
+    return digest([source_digest(method.impl), method.kind, promised, settings, expected, light])
 
 
 def counted(statuses: Iterable[Status]) -> str:

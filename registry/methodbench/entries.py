@@ -169,6 +169,8 @@ class Method:
     """What it promises, in the vocabulary of :mod:`methodbench.properties`."""
     expected_failures: Mapping[str, str] = field(default_factory=dict)
     """Checks of the contract suite that it is known to fail, with the reason."""
+    check_params: Mapping[str, Any] = field(default_factory=dict)
+    """What the contract suite sets on its planted models where the defaults take minutes, for example fewer steps."""
     baseline: bool = False
     """True for the do-nothing row that a board pins and compares everything with."""
     positions: str = ""

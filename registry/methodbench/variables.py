@@ -19,5 +19,6 @@ VARIABLES: Mapping[str, str] = {
     "METHODBENCH_OFFLINE": "Forbids every download when it is set, except to `0`, `false`, `no` or `off`.",
     "METHODBENCH_NO_PLUGIN": "Names of plugins to leave out, separated by commas; as `--no-plugin`.",
     "METHODBENCH_IMPORT_BUDGET": "CPU seconds that the import of a plugin's module may take; 0.5 by default.",
+    "METHODBENCH_CHECK_EXAMPLES": "Most examples that a check of a property draws; as many as it needs by default.",
     "METHODBENCH_VECTORS": "Folder of parity vectors for tests; `tests/vectors` in the current folder by default.",
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,6 +24,8 @@ Settings = Mapping[str, Any]
 SEEDS = st.integers(0, 2**16)
 #: Powers of two scale without rounding, so that whatever depends on them shows, and nothing else does.
 SCALES = st.sampled_from([2.0**k for k in range(-4, 5) if k])
+#: CPU seconds of compressing that one property may take; slow methods are shown fewer examples, never fewer than two.
+SECONDS_PER_PROPERTY = 8.0
 #: Relative squared error that rounding explains in float32, and that no change of the function does.
 ROUNDING = 1e-8
 
@@ -34,16 +37,27 @@ class Compressors:
         self.subject = subject
         self._fits: dict[str, str] = {}
         self._made: dict[tuple[str, int], LoadedModel] = {}
+        self._kept: dict[str, list[tuple[str, bool]]] = {}
+        self._seconds = 0.0
 
     def compress(
         self, model: LoadedModel, data: Calibration, changes: Settings | None = None, *, seed: int = 0
     ) -> LoadedModel:
-        """Return what the method makes of ``model`` at its defaults with ``changes``."""
-        method = self.subject.build(**(changes or {}))
+        """Return what the method makes of ``model`` at its defaults (and ``check_params``) with ``changes``."""
+        method = self.subject.build_for_checks(changes or {})
         given = data if "calibration" in self.subject.entry.needs else Calibration.none()
         torch.manual_seed(seed)
+        start = time.process_time()
         compressed: LoadedModel = method.compress(model, given, quiet(seed))
+        self._seconds = max(self._seconds, time.process_time() - start)
         return compressed
+
+    def for_all(
+        self, holds: Callable[..., None], *draws: st.SearchStrategy, examples: int, runs: int = 1
+    ) -> None:
+        """Run ``holds``, which compresses ``runs`` times, on as many examples as a slow method leaves time for."""
+        affordable = int(SECONDS_PER_PROPERTY / (runs * self._seconds)) if self._seconds else examples
+        for_all(holds, *draws, examples=min(examples, max(2, affordable)))
 
     def structure(self, kind: str) -> str:
         """Return the first planted structure of a kind of model that the method runs on.
@@ -70,11 +84,15 @@ class Compressors:
                 )
         return self._fits[kind]
 
-    def made(self, structure: str, time: int = 0) -> LoadedModel:
-        """Return the method's result at its defaults on the planted structure; ``time`` tells repetitions apart."""
-        key = structure, time
+    def made(self, structure: str, repetition: int = 0) -> LoadedModel:
+        """Return the method's result at its defaults on the planted structure, for each repetition a run of its own."""
+        key = structure, repetition
         if key not in self._made:
-            self._made[key] = self.compress(planted.build(structure), planted.inputs(structure, 8, 1))
+            model, data = planted.build(structure), planted.inputs(structure, 8, 1)
+            before = _state(model, data)
+            self._made[key] = self.compress(model, data)
+            after = _state(model, data)
+            self._kept[structure] = [(what, before[what] == after[what]) for what in before]
         return self._made[key]
 
     def kinds(self) -> list[str]:
@@ -130,21 +148,17 @@ class Compressors:
 
     def no_input_mutation(self) -> str:
         for structure in self.beds():
-            model, data = planted.build(structure), planted.inputs(structure, 8, 1)
-            before = (fingerprint(model.module), fingerprint(data.inputs), dict(model.facts))
-            kept = (model.storage, [name for name, _ in model.module.named_modules()])
-            self.compress(model, data)
-            after = (fingerprint(model.module), fingerprint(data.inputs), dict(model.facts))
-            for what, old, new in zip(("weights", "calibration inputs", "facts"), before, after, strict=True):
-                require(old == new, f"compress changed the {what} of the dense {structure}")
-            modules = (model.storage, [name for name, _ in model.module.named_modules()])
-            require(kept == modules, f"compress changed the modules of the dense {structure}")
+            self.made(structure)
+            for what, same in self._kept[structure]:
+                require(same, f"compress changed the {what} of the dense {structure}")
         return ""
 
     def deterministic(self) -> str:
         for structure in self.beds():
             x = planted.inputs(structure, 4, 2).inputs
-            first, second = (planted.output(self.made(structure, time).module, x) for time in range(2))
+            first, second = (
+                planted.output(self.made(structure, repetition).module, x) for repetition in range(2)
+            )
             require(
                 torch.equal(first, second),
                 f"two runs with one seed differ by {float((first - second).abs().max()):.2g} on {structure}",
@@ -154,7 +168,7 @@ class Compressors:
     def state_dict(self) -> str:
         for structure in self.beds():
             x = planted.inputs(structure, 4, 2).inputs
-            compressed, other = (self.made(structure, time) for time in range(2))
+            compressed, other = (self.made(structure, repetition) for repetition in range(2))
             expected = planted.output(compressed.module, x)
             state = {name: tensor.clone() for name, tensor in compressed.module.state_dict().items()}
             module = copy.deepcopy(other.module)
@@ -206,7 +220,7 @@ class Compressors:
             error = _error(self.compress(model, data, promise.settings()), model, x)
             require(error <= ROUNDING, f"relative error {error:.3g} at {promise.argument}")
 
-        for_all(holds, SEEDS, examples=6)
+        self.for_all(holds, SEEDS, examples=6)
         for structure in self.beds():
             model, data = planted.build(structure), planted.inputs(structure, 8, 1)
             x = planted.inputs(structure, 8, 2).inputs
@@ -229,7 +243,7 @@ class Compressors:
                 f"relative error {low:.4g} at {field} {pair[0]}, {high:.4g} at {pair[1]}",
             )
 
-        for_all(holds, pairs, SEEDS, examples=10)
+        self.for_all(holds, pairs, SEEDS, examples=10, runs=2)
         return f"{field} in {', '.join(map(str, values))}"
 
     def exact_sparsity(self, promise: Promise) -> str:
@@ -248,7 +262,7 @@ class Compressors:
                     f"{name} has {zeros:.4f} zeros at {field} {share}",
                 )
 
-        for_all(holds, shares, SEEDS, examples=10)
+        self.for_all(holds, shares, SEEDS, examples=10)
         return ""
 
     def idempotent(self, _: Promise) -> str:
@@ -261,7 +275,7 @@ class Compressors:
                 error <= ROUNDING, f"the second time changes the outputs by a relative error of {error:.3g}"
             )
 
-        for_all(holds, SEEDS, examples=8)
+        self.for_all(holds, SEEDS, examples=8, runs=2)
         return ""
 
     def scale_equivariant(self, _: Promise) -> str:
@@ -276,7 +290,7 @@ class Compressors:
                 f"outputs of weights times {scale} are off by a relative error of {error:.3g}",
             )
 
-        for_all(holds, SCALES, SEEDS, examples=10)
+        self.for_all(holds, SCALES, SEEDS, examples=10, runs=2)
         return ""
 
     def channel_permutation_equivariant(self, promise: Promise) -> str:
@@ -299,7 +313,7 @@ class Compressors:
                 error <= ROUNDING, f"permuted channels change the outputs by a relative error of {error:.3g}"
             )
 
-        for_all(holds, SEEDS, examples=8)
+        self.for_all(holds, SEEDS, examples=8, runs=2)
         return ""
 
     def batch_split_invariant(self, _: Promise) -> str:
@@ -343,6 +357,16 @@ class Compressors:
         if beds[0] is None or beds[1] is None:
             raise AssertionError("this property is about single layers, and the method needs a whole network")
         return beds[0], beds[1]
+
+
+def _state(model: LoadedModel, data: Calibration) -> dict[str, Any]:
+    """Return what a method must leave as it is, in a form that outlives changes."""
+    return {
+        "weights": fingerprint(model.module),
+        "calibration inputs": fingerprint(data.inputs),
+        "facts": copy.deepcopy(dict(model.facts)),
+        "modules": (model.storage, [name for name, _ in model.module.named_modules()]),
+    }
 
 
 def _to(inputs: Tensor, dtype: torch.dtype) -> Tensor:

@@ -55,7 +55,7 @@ class Optimizers:
         self, groups: Sequence[dict[str, Any]], changes: Mapping[str, Any] | None = None
     ) -> torch.optim.Optimizer:
         torch.manual_seed(0)
-        built: torch.optim.Optimizer = self.subject.build(**(changes or {})).build(groups, quiet())
+        built: torch.optim.Optimizer = self.subject.build_for_checks(changes or {}).build(groups, quiet())
         return built
 
     def follow(self, given: Walk, *, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -141,7 +141,9 @@ class Optimizers:
         for step in range(STEPS):
             if step == STEPS // 2:
                 state = optimizer.state_dict()
-                optimizer = self.subject.build().build([dict(group) for group in groups], quiet())
+                optimizer = self.subject.build_for_checks({}).build(
+                    [dict(group) for group in groups], quiet()
+                )
                 optimizer.load_state_dict(state)
             optimizer.step(self._linear(params, [g[step] for g in given.gradients], optimizer))  # type: ignore[arg-type]
         actual = torch.cat([p.detach().flatten() for p in params])
@@ -164,7 +166,7 @@ class Optimizers:
 
     def best_gaps(self, steps: int, seeds: int) -> list[tuple[float, float]]:
         """Return (gap after the steps over the gap before, multiple of the default rate) for every rate."""
-        rate = getattr(self.subject.build(), "lr", None)
+        rate = getattr(self.subject.build_for_checks({}), "lr", None)
         choices: list[dict[str, Any]] = [{"lr": rate * k} for k in RATES] if isinstance(rate, float) else [{}]
         found = []
         for changes in choices:

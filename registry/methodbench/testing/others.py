@@ -25,10 +25,10 @@ def training_checks(subject: Subject) -> Checks:
 
     def trained(steps: int) -> tuple[Tensor, Tensor]:
         torch.manual_seed(0)
-        return planted.teach(subject.build(), 0, steps, quiet())
+        return planted.teach(subject.build_for_checks({}), 0, steps, quiet())
 
     def runs() -> str:
-        module = subject.build().wrap(planted.student(0), quiet())
+        module = subject.build_for_checks({}).wrap(planted.student(0), quiet())
         require(isinstance(module, nn.Module), f"wrap returned {type(module).__name__}, not a module")
         losses, _ = trained(4)
         require(bool(losses.isfinite().all()), "the loss is not finite within four steps")
@@ -37,7 +37,7 @@ def training_checks(subject: Subject) -> Checks:
     def no_input_mutation() -> str:
         module = planted.student(0)
         before = [parameter.detach().clone() for parameter in module.parameters()]
-        subject.build().wrap(module, quiet())
+        subject.build_for_checks({}).wrap(module, quiet())
         same = all(torch.equal(a, b) for a, b in zip(before, planted.student(0).parameters(), strict=True))
         held = {id(t) for t in module.parameters()}
         require(same and len(held) == len(before), "wrap changed the tensors of the module that it was given")
@@ -71,7 +71,7 @@ def segmenter_checks(subject: Subject) -> Checks:
     def predicted(count: int, x: Tensor) -> Tensor:
         torch.manual_seed(0)
         seen = planted.evidence_images(count, 1)
-        predictor = subject.build().fit({"images": seen.images, "labels": seen.labels}, quiet())
+        predictor = subject.build_for_checks({}).fit({"images": seen.images, "labels": seen.labels}, quiet())
         masks: Tensor = predictor(x)
         return masks
 
@@ -90,7 +90,9 @@ def segmenter_checks(subject: Subject) -> Checks:
     def no_input_mutation() -> str:
         seen, fresh = planted.evidence_images(16, 1), planted.evidence_images(4, 2)
         before = [fingerprint(t) for t in (seen.images, seen.labels, fresh.images)]
-        subject.build().fit({"images": seen.images, "labels": seen.labels}, quiet())(fresh.images)
+        subject.build_for_checks({}).fit({"images": seen.images, "labels": seen.labels}, quiet())(
+            fresh.images
+        )
         after = [fingerprint(t) for t in (seen.images, seen.labels, fresh.images)]
         require(before == after, "images or labels were changed")
         return ""
@@ -131,7 +133,7 @@ def probe_checks(subject: Subject) -> Checks:
     def measured(model: LoadedModel, data: Calibration) -> dict[str, Any]:
         torch.manual_seed(0)
         given = data if "calibration" in subject.entry.needs else Calibration.none()
-        return dict(subject.build().measure(model, given, quiet()))
+        return dict(subject.build_for_checks({}).measure(model, given, quiet()))
 
     def on(structure: str, *, outliers: bool = True) -> dict[str, Any]:
         return measured(planted.build(structure, outliers=outliers), planted.inputs(structure, 8, 1))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import os
 import unittest
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, get_args, get_type_hints
 
 import torch
@@ -55,6 +56,10 @@ class Subject:
         """Return the implementation at its defaults, with ``changes``."""
         return params.build(self.cls, changes, self.entry.name)
 
+    def build_for_checks(self, changes: Mapping[str, object]) -> Any:
+        """Return the implementation at its defaults but for ``check_params`` of the entry, with ``changes``."""
+        return self.build(**{**self.entry.check_params, **changes})
+
 
 class QuietContext(Context):
     """A context whose log is not shown: planted models are small, and remarks on that are no news."""
@@ -77,12 +82,14 @@ def require(condition: bool, message: str) -> None:
 def for_all(holds: Callable[..., None], *draws: st.SearchStrategy, examples: int) -> None:
     """Run ``holds`` on examples drawn from ``draws``, the same ones every time, and shrink what fails.
 
+    ``METHODBENCH_CHECK_EXAMPLES`` limits how many, for suites of many methods.
+
     Raises:
         AssertionError: with the message of the smallest failing example.
     """
 
     @settings(
-        max_examples=examples,
+        max_examples=min(examples, int(os.environ.get("METHODBENCH_CHECK_EXAMPLES") or examples)),
         deadline=None,
         derandomize=True,
         database=None,

@@ -577,6 +577,7 @@ ADAQUANT = Method(
     parity="itayhubara/CalibTIP 8bffbe4",
     vectors=("quant/adaquant",),
     properties=("deterministic", "monotone:bits"),
+    check_params={"iterations": 50},
     extra="quant",
 )
 
