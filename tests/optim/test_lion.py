@@ -101,7 +101,7 @@ def test_many_parameters_step_like_one_by_one(monkeypatch):
     starts = [torch.randn(n, generator=torch.Generator().manual_seed(n)) for n in (1, 50, 3, 200, 7, 7)]
 
     def result(chunk: int) -> list[nn.Parameter]:
-        monkeypatch.setattr("methodbench_optim.groups.CPU_CHUNK", chunk)
+        monkeypatch.setattr("methodbench_optim.rule.CPU_CHUNK", chunk)
         params = [nn.Parameter(start.clone()) for start in starts]
         optimizer = LionOptimizer(params, lr=0.1, weight_decay=0.1)
         for sign in (1, -1, 1):

@@ -21,7 +21,7 @@ stays at 0.5 from the second step on: Adam at half its rate. ``previous_grad_ali
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
@@ -29,7 +29,7 @@ from pydantic import Field
 from torch import Tensor
 
 from methodbench.params import hyperparameters
-from methodbench_optim.groups import with_gradients
+from methodbench_optim.rule import Rule, ready
 
 if TYPE_CHECKING:
     from methodbench.context import Context
@@ -41,7 +41,7 @@ EpsPosition = Literal["before-correction", "after-correction"]
 class DiffGrad:
     """Adam with a friction that follows the change of the gradient (paper, algorithm 1)."""
 
-    lr: Annotated[float, Field(gt=0, description="learning rate")] = 1e-3
+    lr: Annotated[float, Field(gt=0, allow_inf_nan=False, description="learning rate")] = 1e-3
     beta1: Annotated[float, Field(ge=0, lt=1, description="decay of the first moment")] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1, description="decay of the second moment")] = 0.999
     eps: Annotated[float, Field(gt=0, description="added to the root of the second moment")] = 1e-8
@@ -58,7 +58,7 @@ class DiffGrad:
 
     def build(self, param_groups: Iterable[dict[str, Any]], ctx: Context) -> DiffGradOptimizer:
         """Return the optimizer; all roles of parameters are treated alike."""
-        return DiffGradOptimizer(
+        rule = DiffGradOptimizer(
             param_groups,
             lr=self.lr,
             betas=(self.beta1, self.beta2),
@@ -67,15 +67,18 @@ class DiffGrad:
             eps_position=self.eps_position,
             previous_grad_alias=self.previous_grad_alias,
         )
+        return ready(rule, "diffgrad")
 
 
-class DiffGradOptimizer(torch.optim.Optimizer):
+class DiffGradOptimizer(Rule):
     """diffGrad as a :class:`torch.optim.Optimizer`.
 
     State per parameter: ``step`` (int), ``exp_avg``, ``exp_avg_sq`` and ``previous_grad``, of the parameter's
-    shape and dtype. Gradients must be dense and real. With ``previous_grad_alias`` the L2 term is added to
-    the gradient's own buffer, as version 1 of the authors' code does.
+    shape and dtype. With ``previous_grad_alias`` the L2 term is added to the gradient's own buffer, as version
+    1 of the authors' code does.
     """
+
+    title = "diffGrad"
 
     def __init__(
         self,
@@ -97,41 +100,22 @@ class DiffGradOptimizer(torch.optim.Optimizer):
         }
         super().__init__(params, defaults)
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take one step; return the closure's loss, computed before it (None without a closure)."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for params, grads in with_gradients(group, "diffGrad"):
-                self._advance(group, params, grads)
-        return loss
-
-    def _advance(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
-        for p in params:
-            state = self.state[p]
-            if not state:
-                state["step"] = 0
-                for name in ("exp_avg", "exp_avg_sq", "previous_grad"):
-                    state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
-            state["step"] += 1
-        states = [self.state[p] for p in params]
+    def advance(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
+        steps = self.count(params)
         alias: bool = group["previous_grad_alias"]
         if group["weight_decay"] and alias:
             torch._foreach_add_(grads, params, alpha=group["weight_decay"])
         elif group["weight_decay"]:
             grads = list(torch._foreach_add(grads, params, alpha=group["weight_decay"]))
         beta1, beta2 = group["betas"]
-        previous = [state["previous_grad"] for state in states]
+        previous = self.averages(params, "previous_grad")
         diffgrad_(
             params,
             grads,
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
+            self.averages(params, "exp_avg"),
+            self.averages(params, "exp_avg_sq"),
             previous,
-            [state["step"] for state in states],
+            steps,
             lr=float(group["lr"]),
             beta1=beta1,
             beta2=beta2,
@@ -139,8 +123,8 @@ class DiffGradOptimizer(torch.optim.Optimizer):
             eps_position=group["eps_position"],
         )
         if alias:
-            for state, grad in zip(states, grads, strict=True):
-                state["previous_grad"] = grad
+            for p, grad in zip(params, grads, strict=True):
+                self.state[p]["previous_grad"] = grad
         else:
             torch._foreach_copy_(previous, grads)
 

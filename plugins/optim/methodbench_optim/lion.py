@@ -17,7 +17,7 @@ times above.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
@@ -25,7 +25,7 @@ from pydantic import Field
 from torch import Tensor
 
 from methodbench.params import hyperparameters
-from methodbench_optim.groups import with_gradients
+from methodbench_optim.rule import Rule, ready
 
 if TYPE_CHECKING:
     from methodbench.context import Context
@@ -35,7 +35,9 @@ if TYPE_CHECKING:
 class Lion:
     """Sign of interpolated momentum, with decoupled weight decay (paper, algorithm 2)."""
 
-    lr: Annotated[float, Field(gt=0, description="step length of every coordinate")] = 1e-4
+    lr: Annotated[float, Field(gt=0, allow_inf_nan=False, description="step length of every coordinate")] = (
+        1e-4
+    )
     beta1: Annotated[
         float, Field(ge=0, lt=1, description="share of the momentum in the step's direction")
     ] = 0.9
@@ -46,16 +48,19 @@ class Lion:
 
     def build(self, param_groups: Iterable[dict[str, Any]], ctx: Context) -> LionOptimizer:
         """Return the optimizer; all roles of parameters are treated alike."""
-        return LionOptimizer(
+        rule = LionOptimizer(
             param_groups, lr=self.lr, betas=(self.beta1, self.beta2), weight_decay=self.weight_decay
         )
+        return ready(rule, "lion")
 
 
-class LionOptimizer(torch.optim.Optimizer):
+class LionOptimizer(Rule):
     """Lion as a :class:`torch.optim.Optimizer`.
 
-    State per parameter: ``momentum``, of the parameter's shape and dtype. Gradients must be dense and real.
+    State per parameter: ``momentum``, of the parameter's shape and dtype.
     """
+
+    title = "Lion"
 
     def __init__(
         self,
@@ -66,29 +71,17 @@ class LionOptimizer(torch.optim.Optimizer):
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take one step; return the closure's loss, computed before it (None without a closure)."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            beta1, beta2 = group["betas"]
-            for params, grads in with_gradients(group, "Lion"):
-                for p in params:
-                    if not self.state[p]:
-                        self.state[p]["momentum"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-                lion_(
-                    params,
-                    grads,
-                    [self.state[p]["momentum"] for p in params],
-                    lr=float(group["lr"]),
-                    beta1=beta1,
-                    beta2=beta2,
-                    weight_decay=group["weight_decay"],
-                )
-        return loss
+    def advance(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
+        beta1, beta2 = group["betas"]
+        lion_(
+            params,
+            grads,
+            self.averages(params, "momentum"),
+            lr=float(group["lr"]),
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=group["weight_decay"],
+        )
 
 
 def lion_(
