@@ -51,11 +51,16 @@ class Compressor(Protocol):
 class OptimizerMethod(Protocol):
     """Rules that update parameters.
 
-    A workload calls ``optimizer.step(closure)`` in a loop; the closure clears gradients, computes the loss, calls
-    ``backward`` and returns the loss. That serves plain ``p.grad`` rules, line searches that call the closure more
-    than once, and, for methods that list ``"forward-only"`` in ``needs``, a closure that never calls ``backward``.
-    Parameter groups carry ``"role"`` (``"matrix"``, ``"vector"``, ``"embedding"``, ``"head"``) for methods that
-    treat them differently.
+    A workload calls ``optimizer.step(closure)`` in a loop, with a :class:`methodbench.torchkit.closures.Closure`, and
+    counts what is asked of it. Optimizers have one of four shapes:
+
+    - a plain rule calls the closure, which clears gradients, computes the loss and calls ``backward``, and then uses
+      ``p.grad``; a line search calls it more than once;
+    - a method that lists ``"closure"`` in ``needs`` asks the closure for its parts: the gradient of the loss with
+      respect to the model's outputs, and the model on the inputs of the batch;
+    - a method that lists ``"forward-only"`` in ``needs`` asks for the closure's value alone;
+    - a method that lists ``"roles"`` in ``needs`` treats parameters by the ``"role"`` that their group carries
+      (``"matrix"``, ``"vector"``, ``"embedding"``, ``"head"``), and not only by their shape.
     """
 
     def build(self, param_groups: Iterable[dict[str, Any]], ctx: Context) -> torch.optim.Optimizer:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from methodbench.errors import MissingExtraError
 from methodbench.torchkit.adapters import Adapter, detect, unfuse_experts
+from methodbench.torchkit.closures import Closure
 from methodbench.torchkit.model import Calibration, LoadedModel
 from methodbench.torchkit.outliers import inject_outliers
 
@@ -344,26 +345,16 @@ def descend(
     problem: Quadratic,
     build_optimizer: Callable[[Sequence[dict[str, Any]]], torch.optim.Optimizer],
     steps: int,
-    *,
-    forward_only: bool = False,
 ) -> Tensor:
     """Return the gaps before each of ``steps`` steps and after the last, float64 [steps + 1].
 
     Args:
         build_optimizer: makes the optimizer of one group that holds a matrix [4, dim / 4].
-        forward_only: the closure leaves out the backward pass.
     """
     x = nn.Parameter(problem.start.clone().view(4, -1))
     optimizer = build_optimizer([{"params": [x], "role": "matrix"}])
+    closure = Closure([x], lambda _: x.flatten(), lambda point, _: problem.value(point))
     gaps = []
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = problem.value(x.flatten())
-        if not forward_only:
-            loss.backward()
-        return loss
-
     for _ in range(steps):
         gaps.append(problem.value(x.detach().flatten()))
         optimizer.step(closure)  # type: ignore[arg-type]

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from methodbench.errors import DivergedError
 from methodbench.params import hyperparameters
 from methodbench.protocols import Evaluation, OptimizerMethod, Scores
+from methodbench.torchkit.closures import Closure, Evaluations
 
 if TYPE_CHECKING:
     from methodbench.context import Context
@@ -104,6 +105,7 @@ class Digits:
                 },
                 "parameters": sum(p.numel() for p in chosen.module.parameters()),
                 "data_digest": data.digest,
+                **chosen.evaluations.facts(),
             },
             throughput=(sum(trial.steps for trial in trials) / seconds, "steps/s"),
         )
@@ -122,6 +124,7 @@ class Digits:
         module = network(self.architecture, ctx)
         optimizer = method.build(param_groups(module), ctx)
         peaks = [group.get("lr") for group in optimizer.param_groups]
+        params = list(module.parameters())
         trial = Trial(lr=getattr(method, "lr", None), module=module)
         trial.look(0, data.validation)
         for step, batch in enumerate(
@@ -132,14 +135,8 @@ class Digits:
                     group["lr"] = peak * schedule(step, self.steps, self.warmup)
             images, labels = data.train.images[batch], data.train.labels[batch]
 
-            def closure(images: Tensor = images, labels: Tensor = labels) -> float:
-                # Cleared in place, the default when older methods were published: some results hinge on it.
-                optimizer.zero_grad(set_to_none=False)
-                loss = F.cross_entropy(module(images), labels)
-                loss.backward()
-                return loss  # type: ignore[return-value]  # torch says float, its optimizers take the tensor
-
-            optimizer.step(closure)
+            closure = Closure(params, module, F.cross_entropy, images, labels, trial.evaluations)
+            optimizer.step(closure)  # type: ignore[arg-type]  # torch says float, its optimizers take the tensor
             if step % self.evaluate_every == 0 or step == self.steps:
                 trial.look(step, data.validation)
                 if not math.isfinite(trial.losses[-1]):
@@ -177,6 +174,7 @@ class Trial:
     losses: list[float] = dataclasses.field(default_factory=list)
     accuracies: list[tuple[int, float]] = dataclasses.field(default_factory=list)
     """(step, accuracy) pairs."""
+    evaluations: Evaluations = dataclasses.field(default_factory=Evaluations)
 
     @property
     def steps(self) -> int:

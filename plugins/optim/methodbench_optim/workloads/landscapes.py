@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,25 @@ class Landscape:
     """By name; ``"true"`` is always there."""
     minimizer: float
     minimum: float
+
+
+class WithGradient(torch.autograd.Function):
+    """A function whose gradient is given beside it, so that a wrong one can be followed as well."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, value: Callable[[Tensor], Tensor], gradient: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """Return ``value(x)``, elementwise."""
+        ctx.save_for_backward(x)
+        ctx.gradient = gradient
+        return value(x)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:
+        """Return the upstream gradient times the given one."""
+        (x,) = ctx.saved_tensors
+        return upstream[0] * ctx.gradient(x), None, None
 
 
 def f1(x: Tensor) -> Tensor:

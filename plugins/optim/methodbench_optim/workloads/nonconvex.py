@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from methodbench.errors import DivergedError
 from methodbench.params import hyperparameters
 from methodbench.protocols import Evaluation, OptimizerMethod, Scores
-from methodbench_optim.workloads.landscapes import LANDSCAPES, Landscape
+from methodbench.torchkit.closures import Closure, Evaluations
+from methodbench_optim.workloads.landscapes import LANDSCAPES, Landscape, WithGradient
 
 if TYPE_CHECKING:
     from methodbench.context import Context
@@ -65,7 +66,8 @@ class NonConvex:
             DivergedError: no start ends at a finite point.
         """
         landscape = LANDSCAPES[self.function]
-        paths = torch.stack([self.descend(method, start, ctx) for start in self.grid()])
+        evaluations = Evaluations()
+        paths = torch.stack([self.descend(method, start, ctx, evaluations) for start in self.grid()])
         ends = paths[:, -1]
         finite = ends.isfinite()
         if not finite.any():
@@ -92,6 +94,7 @@ class NonConvex:
                 "global_minimum": landscape.minimum,
                 "diverged_starts": int((~finite).sum()),
                 "dtype": "float64",
+                **evaluations.facts(),
             },
         )
 
@@ -99,23 +102,23 @@ class NonConvex:
         """Return the starts, the paper's first."""
         return [float(x) for x in np.linspace(self.start, -self.start, self.starts)]
 
-    def descend(self, method: OptimizerMethod, start: float, ctx: Context) -> Tensor:
+    def descend(
+        self, method: OptimizerMethod, start: float, ctx: Context, evaluations: Evaluations
+    ) -> Tensor:
         """Return the iterates of ``method`` from ``start``, itself included: float64 [iterates]."""
         landscape: Landscape = LANDSCAPES[self.function]
         gradient = landscape.gradients[self.gradient]
         x = nn.Parameter(torch.tensor([start], dtype=torch.float64, device=ctx.device))
-        # One buffer for all gradients, as where they are cleared in place: published results hinge on it.
-        slope = torch.zeros_like(x)
         optimizer = method.build([{"params": [x], "role": "vector"}], ctx)
-
-        def closure() -> float:
-            point = x.detach()
-            x.grad = slope.copy_(gradient(point))
-            return float(landscape.value(point))
-
+        closure = Closure(
+            [x],
+            lambda _: x,
+            lambda point, _: WithGradient.apply(point, landscape.value, gradient).sum(),
+            evaluations=evaluations,
+        )
         path = torch.empty(self.iterates, dtype=torch.float64, device=ctx.device)
         path[0] = start
         for index in range(1, self.iterates):
-            optimizer.step(closure)
+            optimizer.step(closure)  # type: ignore[arg-type]  # torch says float, its optimizers take the tensor
             path[index] = x.detach()[0]
         return path.cpu()
