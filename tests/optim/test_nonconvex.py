@@ -84,7 +84,7 @@ def test_starts_do_not_influence_one_another():
 def test_a_diverged_start_has_an_infinite_gap_and_the_others_keep_theirs():
     # At this rate the parabola around -0.3 throws every start away from it, but -0.3 itself has no slope.
     task = NonConvex(function="f1", start=-0.3, starts=2, iterates=200)
-    evaluation = task.evaluate(SGD(lr=100.0, momentum=0.0), None, Context())
+    evaluation = task.evaluate(SGD(lr=100.0), None, Context())
     assert np.isinf(evaluation.scores["final-gap"].values).tolist() == [False, True]
     assert evaluation.facts["diverged_starts"] == 1
 
@@ -92,7 +92,7 @@ def test_a_diverged_start_has_an_infinite_gap_and_the_others_keep_theirs():
 def test_all_starts_diverged_is_an_error_of_its_own():
     task = NonConvex(function="f1", starts=3, iterates=200)
     with pytest.raises(DivergedError, match="all 3 starts"):
-        task.evaluate(SGD(lr=100.0, momentum=0.0), None, Context())
+        task.evaluate(SGD(lr=100.0), None, Context())
 
 
 def test_a_repetition_gives_the_same_numbers_bit_for_bit():

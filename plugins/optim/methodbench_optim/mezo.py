@@ -210,7 +210,7 @@ def perturb_(params: Sequence[Tensor], seed: int, length: float) -> None:
 
 
 def subspace_gradient(slopes: Sequence[float], directions: Tensor, removed: Tensor) -> Tensor:
-    """Return the estimate ĝ [d] from ``slopes`` along ``directions`` [n, d], without what lies in ``removed`` [r, d]."""
+    """Return the estimate ĝ [d] from ``slopes`` along ``directions`` [n, d], free of ``removed`` [r, d]."""
     count, dimensions = directions.shape
     left = dimensions - len(removed)
     total = directions.new_tensor(list(slopes)) @ directions
@@ -221,8 +221,8 @@ def subspace_gradient(slopes: Sequence[float], directions: Tensor, removed: Tens
 def quiet_directions(past: Tensor, nu: float) -> Tensor:
     """Return the directions, orthonormal rows [r, d], in which ``past`` [steps, d] hardly varies.
 
-    These are the principal components of the standardized past that come after the first share of more than 1 - ν of its
-    variance. Where they are as many as the steps, the last one has no variance at all, and rounding picks it.
+    These are the principal components of the standardized past that come after the first share of more than 1 - ν of
+    its variance. Where they are as many as the steps, the last one has no variance at all, and rounding picks it.
     """
     centred = past - past.mean(0)
     deviation = past.std(0, correction=0)

@@ -78,7 +78,7 @@ class SSO:
 
 
 class SSOOptimizer(torch.optim.Optimizer):
-    """SSO as a :class:`torch.optim.Optimizer` whose ``step`` asks for a :class:`~methodbench.torchkit.closures.Closure`.
+    """SSO as a :class:`torch.optim.Optimizer`; ``step`` asks for a :class:`~methodbench.torchkit.closures.Closure`.
 
     What is carried from batch to batch stands in the first group: ``step`` (int) and ``eta``, which a search changes.
     """
