@@ -118,22 +118,26 @@ def test_the_subspace_estimate_averages_and_shrinks():
 
 
 def test_rounded_weights_are_trained_through_rounding():
-    """The loss is that of the rounded weights, which has no gradient to speak of."""
-    draw = torch.Generator().manual_seed(1)
-    inputs = torch.randn(64, 6, generator=draw)
-    trained = torch.randn(6, generator=draw)
-    targets = inputs @ trained
-    p = nn.Parameter(trained.clone())
-
-    def quantized(x):
-        return x @ (torch.round(p * 2) / 2)
-
-    closure = Closure([p], quantized, lambda y, wanted: (y - wanted).square().mean(), inputs, targets)
-    rounded = float(closure.value())
-    optimizer = MeZO(lr=2e-3, eps=0.3).build([{"params": [p], "role": "vector"}], Context())
-    for _ in range(300):
-        optimizer.step(closure)
-    assert float(closure.value()) < 0.9 * rounded
+    """The loss is that of the rounded weights, which has no gradient to speak of; inputs that hang together make
+    the nearest grid point of each weight a bad choice."""
+    rounded, trained = [], []
+    for seed in range(4):
+        draw = torch.Generator().manual_seed(seed)
+        inputs = torch.randn(64, 6, generator=draw) + 3 * torch.randn(64, 1, generator=draw)
+        p = nn.Parameter(torch.randn(6, generator=draw))
+        closure = Closure(
+            [p],
+            lambda x, p=p: x @ (torch.round(p * 2) / 2),
+            nn.functional.mse_loss,
+            inputs,
+            inputs @ p.detach().clone(),
+        )
+        rounded.append(float(closure.value()))
+        optimizer = MeZO(lr=1e-3, eps=0.3).build([{"params": [p], "role": "vector"}], Context())
+        for _ in range(400):
+            optimizer.step(closure)
+        trained.append(float(closure.value()))
+    assert sum(trained) < 0.7 * sum(rounded)
 
 
 def test_a_plain_function_is_refused_with_what_to_pass():
