@@ -673,16 +673,6 @@ EAQUANT = Method(
     parity="darren-fzq1/EAQuant 37c4509: scales, outlier channels, clipping, permutation; rotations are random",
     vectors=("quant/eaquant",),
     properties=("deterministic",),
-    expected_failures=dict.fromkeys(
-        (
-            "runs-on-causal-lm",
-            "no-input-mutation",
-            "deterministic",
-            "state-dict",
-            "planted-outliers",
-        ),
-        "the suite's planted decoder has no experts; tests/quant/test_eaquant.py checks the same on a mixture",
-    ),
     extra="quant",
 )
 
