@@ -189,6 +189,42 @@ METHODS: tuple[Method, ...] = (
         positions="{positions}",
     ),
     Method(
+        name="coreinfer",
+        kind="compressor",
+        stage="prune",
+        family="sparse",
+        impl="methodbench_sparse.coreinfer:CoreInfer",
+        summary="Computes what follows a prompt with the neurons that the prompt uses most.",
+        applies_to=("causal-lm",),
+        paper=Paper(
+            title="CoreInfer: Accelerating Large Language Model Inference with Semantics-Inspired Adaptive"
+            " Sparse Activation",
+            arxiv="2410.18311",
+            year=2024,
+            authors="Qinsi Wang and Saeed Vahidian and Hancheng Ye and Jianyang Gu and Jianyi Zhang"
+            " and Yiran Chen",
+            code="wangqinsi1/CoreInfer",
+        ),
+        needs=("calibration",),
+        presets={
+            "k40": {"sparsity": 0.6},
+            "k20": {"sparsity": 0.8},
+            "k40-similarity": {"sparsity": 0.6, "guided": "similarity"},
+        },
+        claims="coreinfer.toml",
+        fidelity="authors-code",
+        parity="wangqinsi1/CoreInfer@38de332202b5c0f719be68194a2f3d12cdd5a305",
+        vectors=("sparse/coreinfer",),
+        properties=(
+            "deterministic",
+            "no-input-mutation",
+            "identity-at:sparsity=0",
+            "batch-split-invariant",
+            "dtype-stable",
+        ),
+        positions="{positions}",
+    ),
+    Method(
         name="spark",
         kind="compressor",
         stage="prune",

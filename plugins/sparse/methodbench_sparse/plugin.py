@@ -123,6 +123,12 @@ def methodbench_suites() -> list[SuiteFile]:
             role="demo",
         ),
         SuiteFile(
+            name="llm-activation-sparsity",
+            package="methodbench_sparse",
+            path="suites/llm-activation-sparsity.yaml",
+            summary="Ways to zero activations of SmolLM2-135M, at 25 to 65 % of the weights not read.",
+        ),
+        SuiteFile(
             name="demo-quick-sparse",
             package="methodbench_sparse",
             path="suites/demo-quick.yaml",

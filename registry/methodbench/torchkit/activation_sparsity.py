@@ -340,10 +340,7 @@ def site_sparsity(model: LoadedModel, spared: Mapping[str, float], target: float
     Raises:
         NotApplicableError: the sites cannot spare that much; says how much they can.
     """
-    sizes = {
-        name: layer.get_parameter("weight").numel()
-        for name, layer in model.adapter.targets(model.module).items()
-    }
+    sizes = _sizes(model)
     most = sum(portion * sizes[name] for name, portion in spared.items()) / sum(sizes.values())
     share = target / most if most else float("inf")
     if target and share >= 1:
@@ -353,6 +350,12 @@ def site_sparsity(model: LoadedModel, spared: Mapping[str, float], target: float
             "Ask for less, or count sparsity at the sites (counted=site).",
         )
     return share
+
+
+def _sizes(model: LoadedModel) -> dict[str, int]:
+    """Return how many weights each Linear inside the blocks has, however it stores them."""
+    layers: dict[str, Any] = dict(model.adapter.targets(model.module))
+    return {name: layer.in_features * layer.out_features for name, layer in layers.items()}
 
 
 def observed(
@@ -419,10 +422,7 @@ def measured(model: LoadedModel) -> dict[str, Any]:
     found = sites(model)
     if not found:
         return {}
-    sizes = {
-        name: layer.get_parameter("weight").numel()
-        for name, layer in model.adapter.targets(model.module).items()
-    }
+    sizes = _sizes(model)
     read = dict.fromkeys(sizes, 1.0)
     by_role: dict[str, list[float]] = defaultdict(list)
     neurons: list[float] = []
