@@ -86,9 +86,11 @@ class _Forward:
     def phase(self, job: Mapping[str, Any], index: int, phase: str) -> None:
         self._put(event="phase", index=index, phase=phase)
 
-    def finished(self, job: Mapping[str, Any], index: int, outcome: CellOutcome) -> None:
-        outcome.host = environment()
-        self._put(event="finished", index=index, outcome=dataclasses.asdict(outcome))
+    def finished(self, job: Mapping[str, Any], outcomes: Mapping[int, CellOutcome]) -> None:
+        for outcome in outcomes.values():
+            outcome.host = environment()
+        plain = {index: dataclasses.asdict(outcome) for index, outcome in outcomes.items()}
+        self._put(event="finished", outcomes=plain)
 
     def flush(self) -> None:
         """Wait until the mailbox has everything: calls of one task arrive in order."""
@@ -106,8 +108,8 @@ class _Preparation:
 
     def started(self, job: Mapping[str, Any]) -> None: ...
     def phase(self, job: Mapping[str, Any], index: int, phase: str) -> None: ...
-    def finished(self, job: Mapping[str, Any], index: int, outcome: CellOutcome) -> None:
-        self.outcome = outcome
+    def finished(self, job: Mapping[str, Any], outcomes: Mapping[int, CellOutcome]) -> None:
+        (self.outcome,) = outcomes.values()
 
 
 @functools.cache
@@ -129,8 +131,8 @@ def run_job(
         here = _at_home(job, folder)
         problem = "" if "prepare" in here else _unfit(here, host, folder)
         if problem:
-            for index in range(here["first"], len(here["cells"])):
-                forward.finished(here, index, CellOutcome("failed", problem))
+            left = range(here["first"], len(here["cells"]))
+            forward.finished(here, {index: CellOutcome("failed", problem) for index in left})
         else:
             host.run([here], forward)
         forward.flush()
@@ -332,8 +334,9 @@ class RayExecutor:
             case "phase":
                 sink.phase(running.job, event["index"], event["phase"])
             case "finished":
-                running.next_cell = event["index"] + 1
-                sink.finished(running.job, event["index"], CellOutcome(**event["outcome"]))
+                outcomes = {index: CellOutcome(**outcome) for index, outcome in event["outcomes"].items()}
+                running.next_cell = max(outcomes) + 1
+                sink.finished(running.job, outcomes)
 
     def _end(self, ref: Any, waiting: deque[Mapping[str, Any]], sink: Sink) -> None:
         """Handle a task that has ended: well, or with its process or node."""
@@ -357,7 +360,7 @@ class RayExecutor:
         if index >= count:
             return
         if "again" in job and job["first"] == index:
-            sink.finished(job, index, CellOutcome(status, problem))
+            sink.finished(job, {index: CellOutcome(status, problem)})
             if index + 1 < count:
                 waiting.appendleft({**job, "first": index + 1})
         else:
@@ -386,8 +389,8 @@ class RayExecutor:
             if reason:
                 self._ray.cancel(ref, force=True)
                 del self._refs[ref], self._running[attempt]
-                for index in range(running.next_cell, len(running.job["cells"])):
-                    sink.finished(running.job, index, CellOutcome("failed", reason))
+                left = range(running.next_cell, len(running.job["cells"]))
+                sink.finished(running.job, {index: CellOutcome("failed", reason) for index in left})
 
 
 def _first_line(error: BaseException | None) -> str:

@@ -25,7 +25,7 @@ from methodbench.engine.slots import Needs
 from methodbench.entries import Method, Model
 from methodbench.errors import MethodbenchError, UnknownNameError
 from methodbench.provenance import canonical_json, described, environment, source_digest, wheel
-from methodbench.store import Environment, Fingerprint, MetricValue, Run, Series, Store
+from methodbench.store import Environment, Fingerprint, Finished, MetricValue, Run, Series, Store
 from methodbench.store.claims import Lease
 
 if TYPE_CHECKING:
@@ -263,13 +263,15 @@ class _Drive:
             self._run_ready(self._wait_for_others(), executor, batch)
 
     def _run_ready(self, todo: Sequence[Cell], executor: Executor, batch: int) -> None:
-        ready = []
+        ready, failed = [], {}
         for cell in todo:
             reason = self.unprepared.get(cell.weights_digest) if cell.model else None
             if reason is None:
                 ready.append(cell)
-            elif self._take([cell]):
-                self._record(cell, CellOutcome("failed", reason))
+            else:
+                failed[cell.key] = CellOutcome("failed", reason)
+        mine = self._take([cell for cell in todo if cell.key in failed]) if failed else ()
+        self._record([(cell, failed[cell.key]) for cell in mine])
         executor.run([self._job_data(jobs) for jobs in _batches(group_jobs(ready), batch)], self)
 
     # Other drivers of this database
@@ -365,14 +367,16 @@ class _Drive:
     def phase(self, job: Mapping[str, Any], index: int, phase: str) -> None:
         self.reporter.phase(self._label(job, index), phase)
 
-    def finished(self, job: Mapping[str, Any], index: int, outcome: CellOutcome) -> None:
+    def finished(self, job: Mapping[str, Any], outcomes: Mapping[int, CellOutcome]) -> None:
         if "prepare" in job:
+            (outcome,) = outcomes.values()
             if outcome.status != "ok":
                 wanted = job["prepare"]
                 reason = f"{wanted['name']} could not be prepared: {outcome.reason}"
                 self.unprepared[wanted["digest"]] = reason
             return
-        self._record(self.jobs[job["id"]][index], outcome)
+        cells = self.jobs[job["id"]]
+        self._record([(cells[index], outcome) for index, outcome in outcomes.items()])
 
     def _environment(self, outcome: CellOutcome) -> Environment:
         """Return the environment of a run: the machine it ran on, and what the worker computed with."""
@@ -383,7 +387,18 @@ class _Drive:
             self.environments[key] = Environment(digest=digest, captured_at=datetime.now(UTC), data=data)
         return self.environments[key]
 
-    def _record(self, cell: Cell, outcome: CellOutcome) -> None:
+    def _record(self, ended: Sequence[tuple[Cell, CellOutcome]]) -> None:
+        """Write what became of cells, then say so."""
+        finished = [self._finished(cell, outcome) for cell, outcome in ended]
+        kept = self.store.add_finished(finished, lease=self.lease) if finished else []
+        for (cell, _), one, run in zip(ended, finished, kept, strict=True):
+            self.report.runs[cell.key] = run
+            if run is one.run:
+                self.report.new.append(cell.key)
+                self.reporter.finished(cell, run, one.metrics)
+
+    def _finished(self, cell: Cell, outcome: CellOutcome) -> Finished:
+        """Return the record of a cell that came to its end."""
         result = outcome.result
         captured = self._environment(outcome)
         identifier = uuid.uuid4().hex[:12]
@@ -446,12 +461,7 @@ class _Drive:
         ]
         marks = result.get("marks")
         fingerprint = Fingerprint(run_id=identifier, marks=marks) if marks else None
-        kept = self.store.add(run, metrics, series, captured, fingerprint, lease=self.lease)
-        self.report.runs[cell.key] = kept
-        if kept is not run:
-            return
-        self.report.new.append(cell.key)
-        self.reporter.finished(cell, run, metrics)
+        return Finished(run, metrics, series, captured, fingerprint)
 
 
 def _one_per_model(cells: Sequence[Cell]) -> list[Cell]:

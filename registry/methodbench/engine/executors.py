@@ -34,6 +34,8 @@ _LOOK_SECONDS = 0.1
 _LOG_TAIL = 8000
 #: A server that dies this often without finishing anything is not started again.
 _MAX_DEATHS = 3
+#: How many finished cells are reported at once: what a kill of the driver can cost, where cells are that fast.
+_TOGETHER = 100
 #: How many waiting jobs are looked at for one that fits.
 _WINDOW = 256
 
@@ -65,8 +67,11 @@ class Sink(Protocol):
     def phase(self, job: Mapping[str, Any], index: int, phase: str) -> None:
         """The worker of ``job`` entered a phase of cell ``index``."""
 
-    def finished(self, job: Mapping[str, Any], index: int, outcome: CellOutcome) -> None:
-        """Cell ``index`` of ``job`` came to an end, one way or another. Called once per cell."""
+    def finished(self, job: Mapping[str, Any], outcomes: Mapping[int, CellOutcome]) -> None:
+        """Cells of ``job``, by index, came to an end, one way or another. Each cell is reported once.
+
+        Cells that are reported together are recorded together, and on return they are.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -362,28 +367,23 @@ class LocalExecutor:
         running.deadline = time.monotonic() + running.limit
 
     def _collect(self, running: _Running, sink: Sink) -> None:
-        """Report the cells whose results are on disk."""
-        folder = Path(running.job["out"])
-        while running.next_cell < len(_cells(running.job)):
-            path = folder / f"{running.next_cell}.json"
-            if not path.is_file():
-                return
-            result = json.loads(path.read_bytes())
-            end = result.get("log_end")
-            tail = read_tail(running.job["log"], running.log_start, end)
-            running.log_start = end or 0
-            outcome = CellOutcome(result["status"], result.get("reason", ""), result, tail)
-            path.unlink()
-            sink.finished(running.job, running.next_cell, outcome)
+        """Report the cells whose results are on disk, at most ``_TOGETHER`` at a time."""
+        ended: dict[int, CellOutcome] = {}
+        while (outcome := _read_outcome(running)) is not None:
+            ended[running.next_cell] = outcome
             running.next_cell += 1
+            if len(ended) == _TOGETHER:
+                sink.finished(running.job, ended)
+                ended = {}
+        if ended:
+            sink.finished(running.job, ended)
 
     @staticmethod
     def _give_up_job(job: Mapping[str, Any], sink: Sink, outcome: CellOutcome) -> None:
         """Report the cells of a job that waits for a worker and gets none."""
         admitted = sink.admit(job)
         if admitted is not None:
-            for index in range(admitted["first"], len(_cells(admitted))):
-                sink.finished(admitted, index, outcome)
+            sink.finished(admitted, dict.fromkeys(range(admitted["first"], len(_cells(admitted))), outcome))
 
     @staticmethod
     def _give_up_cell(
@@ -393,7 +393,7 @@ class LocalExecutor:
         index, count = running.next_cell, len(_cells(running.job))
         if index < count:
             outcome = CellOutcome(status, reason, {}, read_tail(running.job["log"], running.log_start))
-            sink.finished(running.job, index, outcome)
+            sink.finished(running.job, {index: outcome})
         if index + 1 < count:
             waiting.appendleft({**running.job, "first": index + 1})
 
@@ -444,6 +444,23 @@ class LocalExecutor:
         """End a server that does not answer; its death is handled like any other."""
         if self._server is not None:
             self._server.kill()
+
+
+def _read_outcome(running: _Running) -> CellOutcome | None:
+    """Take the result of a job's next cell from the disk; None while there is none."""
+    if running.next_cell >= len(_cells(running.job)):
+        return None
+    path = os.path.join(running.job["out"], f"{running.next_cell}.json")
+    try:
+        with open(path, "rb") as file:
+            result = json.loads(file.read())
+    except FileNotFoundError:
+        return None
+    os.unlink(path)
+    end = result.get("log_end")
+    tail = read_tail(running.job["log"], running.log_start, end)
+    running.log_start = end or 0
+    return CellOutcome(result["status"], result.get("reason", ""), result, tail)
 
 
 def _cells(job: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:

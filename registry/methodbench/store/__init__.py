@@ -1,6 +1,6 @@
 """Records: tables, sessions, migrations. Importing this package imports SQLModel."""
 
-from methodbench.store.database import Store, Version, open_store
+from methodbench.store.database import Finished, Store, Version, open_store
 from methodbench.store.schema import (
     SCHEMA_REVISION,
     Claim,
@@ -19,6 +19,7 @@ __all__ = [
     "Driver",
     "Environment",
     "Fingerprint",
+    "Finished",
     "MetricValue",
     "Run",
     "Series",

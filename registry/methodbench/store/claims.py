@@ -15,14 +15,14 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
-from sqlalchemy import delete, exists, update
+from sqlalchemy import Table, delete, exists, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import Session, col, select
 
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 BEAT_SECONDS = 5.0
 #: Seconds without a beat after which a driver counts as dead.
 LEASE_SECONDS = 60.0
+
+_CLAIM: Table = Claim.__table__  # type: ignore[attr-defined]
 
 
 @dataclass(slots=True)
@@ -87,19 +89,14 @@ class Lease:
         taken = Taken()
         with self.store.writing() as session:
             self._register(session)
-            now = datetime.now(UTC)
-            for key in wanted:
-                values = {"cell_key": key, "driver_id": self.id, "claimed_at": now}
-                session.exec(self._insert(Claim).values(**values).on_conflict_do_nothing())
-            for start in range(0, len(wanted), 500):
-                query = select(Claim.cell_key, Driver).join(Driver, col(Driver.id) == Claim.driver_id)
-                for key, driver in session.exec(
-                    query.where(col(Claim.cell_key).in_(wanted[start : start + 500]))
-                ):
-                    if driver.id == self.id:
-                        taken.mine.add(key)
-                    else:
-                        taken.held[key] = driver
+            pending: Collection[str] = wanted
+            # What stood in the way of a claim may be gone right after, where several transactions write at a time.
+            while pending:
+                self._claim(session, pending)
+                holders = self._holders(session, pending)
+                taken.mine |= {key for key, driver in holders.items() if driver.id == self.id}
+                taken.held |= {key: driver for key, driver in holders.items() if driver.id != self.id}
+                pending = [key for key in pending if key not in holders]
             newest = self.store.latest(taken.mine, session)
             taken.done = {key: run for key, run in newest.items() if run.id != self.known.get(key, "")}
             taken.mine -= taken.done.keys()
@@ -114,40 +111,44 @@ class Lease:
         found = Taken()
         with self.store.reading() as session:
             # Claims first: a cell that is in neither was given back.
-            for start in range(0, len(wanted), 500):
-                query = select(Claim.cell_key, Driver).join(Driver, col(Driver.id) == Claim.driver_id)
-                for key, driver in session.exec(
-                    query.where(col(Claim.cell_key).in_(wanted[start : start + 500]))
-                ):
-                    found.held[key] = driver
+            found.held = self._holders(session, wanted)
         newest = self.store.latest(key for key in wanted if key not in found.held)
         found.done = {key: run for key, run in newest.items() if run.id != self.known.get(key, "")}
         found.mine = set(wanted) - found.held.keys() - found.done.keys()
         self.known |= {key: run.id for key, run in found.done.items()}
         return found
 
-    def give_back(self, keys: Iterable[str]) -> None:
+    def give_back(self, keys: Collection[str]) -> None:
         """End claims without a record."""
         with self.store.writing() as session:
             self._drop(session, keys)
             session.commit()
 
-    def settle(self, session: Session, cell_key: str) -> Run | None:
-        """End the claim on a cell inside the transaction that records it.
+    def settle(self, session: Session, cell_keys: Collection[str]) -> dict[str, Run]:
+        """End the claims on cells inside the transaction that records them.
 
         Returns:
-            The record that another driver has made of this cell after it had taken this one for dead; None when the
-            caller's record is the one that counts.
+            By cell key, the records that another driver has made after it had taken this one for dead; for every
+            other cell the caller's record is the one that counts.
         """
-        mine = delete(Claim).where(col(Claim.cell_key) == cell_key, col(Claim.driver_id) == self.id)
-        if session.exec(mine).rowcount:
-            return None
-        found = self.store.latest([cell_key], session).get(cell_key)
-        if found is not None and found.id != self.known.get(cell_key, ""):
-            return found
-        # Whoever has taken it over is still at work: this record comes first.
-        session.exec(delete(Claim).where(col(Claim.cell_key) == cell_key))
-        return None
+        lost = set(cell_keys)
+        for some in _portions(cell_keys):
+            mine = delete(Claim).where(col(Claim.driver_id) == self.id, col(Claim.cell_key).in_(some))
+            lost -= set(session.exec(mine.returning(col(Claim.cell_key))).scalars())
+        if not lost:
+            return {}
+        # A claim of one's own, or the wait for the holder's transaction: nobody else records these cells meanwhile.
+        self._register(session)
+        self._claim(session, lost)
+        for some in _portions(lost):
+            session.exec(select(Claim.cell_key).where(col(Claim.cell_key).in_(some)).with_for_update()).all()
+        newest = self.store.latest(lost, session)
+        others = {key: run for key, run in newest.items() if run.id != self.known.get(key, "")}
+        self._drop(session, others)
+        # Whoever has taken over the rest is still at work: these records come first.
+        for some in _portions(lost - others.keys()):
+            session.exec(delete(Claim).where(col(Claim.cell_key).in_(some)))
+        return others
 
     def dead(self) -> list[Driver]:
         """Return the drivers of this machine that have died."""
@@ -181,9 +182,24 @@ class Lease:
             return False
         return now - since > LEASE_SECONDS
 
-    def _drop(self, session: Session, keys: Iterable[str]) -> None:
-        for key in keys:
-            session.exec(delete(Claim).where(col(Claim.cell_key) == key, col(Claim.driver_id) == self.id))
+    def _claim(self, session: Session, keys: Iterable[str]) -> None:
+        """Claim what nobody holds, in one order for all drivers, so that no two wait for each other."""
+        now = datetime.now(UTC)
+        rows = [{"cell_key": key, "driver_id": self.id, "claimed_at": now} for key in sorted(keys)]
+        session.connection().execute(self._insert(_CLAIM).on_conflict_do_nothing(), rows)
+
+    def _holders(self, session: Session, keys: Collection[str]) -> dict[str, Driver]:
+        """Return who holds each of the cells that are claimed."""
+        found: dict[str, Driver] = {}
+        for some in _portions(keys):
+            query = select(Claim.cell_key, Driver).join(Driver, col(Driver.id) == Claim.driver_id)
+            found |= dict(session.exec(query.where(col(Claim.cell_key).in_(some))).all())
+        return found
+
+    def _drop(self, session: Session, keys: Collection[str]) -> None:
+        for some in _portions(keys):
+            mine = delete(Claim).where(col(Claim.driver_id) == self.id, col(Claim.cell_key).in_(some))
+            session.exec(mine)
 
     def _register(self, session: Session) -> None:
         """Put this driver's row where it is missing: others may have taken it for dead."""
@@ -208,6 +224,13 @@ class Lease:
                 beat = update(Driver).where(col(Driver.id) == self.id).values(beats=col(Driver.beats) + 1)
                 session.exec(beat)
                 session.commit()
+
+
+def _portions(keys: Collection[str]) -> Iterator[Sequence[str]]:
+    """Yield keys by as many as one statement takes."""
+    ordered = list(keys)
+    for start in range(0, len(ordered), 500):
+        yield ordered[start : start + 500]
 
 
 def place() -> str:

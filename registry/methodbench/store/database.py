@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -49,6 +49,27 @@ _VERSION: tuple[Any, ...] = (
 )  # fmt: skip
 
 
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A cell that came to its end: its run, and the rows that belong to it."""
+
+    run: Run
+    metrics: Sequence[MetricValue] = ()
+    series: Sequence[Series] = ()
+    environment: Environment | None = None
+    fingerprint: Fingerprint | None = None
+    witness: Witness | None = None
+
+    def record(self) -> Record:
+        """Return the values by column, sealed; the run gets its seal too."""
+        record = Record(row_of(self.run))
+        one = (row for row in (self.fingerprint, self.witness) if row is not None)
+        for row in (*self.metrics, *self.series, *one):
+            record.children.setdefault(_table(row), []).append(row_of(row))
+        self.run.seal = record.run["seal"] = records.seal(record)
+        return record
+
+
 @dataclass(slots=True)
 class Store:
     """An open database; the only writer is the driver of a run."""
@@ -84,43 +105,56 @@ class Store:
     def add(
         self,
         run: Run,
-        metrics: Iterable[MetricValue] = (),
-        series: Iterable[Series] = (),
+        metrics: Sequence[MetricValue] = (),
+        series: Sequence[Series] = (),
         environment: Environment | None = None,
         fingerprint: Fingerprint | None = None,
         witness: Witness | None = None,
         *,
         lease: Lease | None = None,
     ) -> Run:
-        """Write one finished cell in one transaction, and end its claim in the same.
+        """Write one finished cell in one transaction; see :meth:`add_finished`."""
+        finished = Finished(run, metrics, series, environment, fingerprint, witness)
+        return self.add_finished([finished], lease=lease)[0]
+
+    def add_finished(self, finished: Sequence[Finished], *, lease: Lease | None = None) -> list[Run]:
+        """Write finished cells, each wholly or not at all, and end their claims with them.
+
+        All are written in one transaction. Where that fails, each is written in one of its own, so that a record that
+        cannot be written takes no other along; the error of the first that cannot is raised.
 
         Args:
+            finished: cells that are not reported as done yet; each cell once.
             lease: the driver's presence; see :mod:`methodbench.store.claims`.
 
         Returns:
-            The record that counts: ``run``, or the one that another driver made of the same cell because it had taken
-            this one for dead.
+            The records that count: those that were given, or those that another driver made of the same cells because
+            it had taken this one for dead.
         """
+        if lease is not None:
+            self._follow([one.run for one in finished], lease.known)
+        made = [one.record() for one in finished]
+        try:
+            return self._write(finished, made, lease)
+        except Exception:
+            if len(finished) == 1:
+                raise
+        return [self._write([one], [record], lease)[0] for one, record in zip(finished, made, strict=True)]
+
+    def _write(self, finished: Sequence[Finished], made: Sequence[Record], lease: Lease | None) -> list[Run]:
+        """Write records in one transaction, but for those of cells that another driver has recorded."""
+        needed = {one.environment.digest: one.environment for one in finished if one.environment is not None}
+        fresh = {key: row for key, row in needed.items() if key not in self.known_environments}
         with self.writing() as session:
-            if lease is not None:
-                others = lease.settle(session, run.cell_key)
-                if others is not None:
-                    session.commit()
-                    return others
-                self._follow(session, run, lease)
-            connection = session.connection()
-            if environment is not None and environment.digest not in self.known_environments:
-                self.put_environments(session, [row_of(environment)])
-            record = Record(row_of(run))
-            one = (row for row in (fingerprint, witness) if row is not None)
-            for row in (*metrics, *series, *one):
-                record.children.setdefault(_table(row), []).append(row_of(row))
-            run.seal = record.run["seal"] = records.seal(record)
-            records.write(connection, [record])
+            others = (
+                lease.settle(session, [one.run.cell_key for one in finished]) if lease is not None else {}
+            )
+            self.put_environments(session, map(row_of, fresh.values()))
+            own = [record for record in made if record.run["cell_key"] not in others]
+            records.write(session.connection(), own)
             session.commit()
-            if environment is not None:
-                self.known_environments.add(environment.digest)
-        return run
+        self.known_environments |= fresh.keys()
+        return [others.get(one.run.cell_key, one.run) for one in finished]
 
     def add_many(self, made: Iterable[Record], environments: Iterable[dict[str, Any]] = ()) -> None:
         """Write records, and the environments that they need, in one transaction."""
@@ -136,13 +170,20 @@ class Store:
         for row in rows:
             connection.execute(insert(records.ENVIRONMENT).values(row).on_conflict_do_nothing())
 
-    def _follow(self, session: Session, run: Run, lease: Lease) -> None:
+    def _follow(self, runs: Sequence[Run], known: Mapping[str, str]) -> None:
         """Keep a cell's records in the order they were made in, also when the clock was set back in between."""
-        before = session.get(Run, lease.known.get(run.cell_key, ""))
-        if before is not None and run.started_at <= before.started_at:
-            said = run.started_at.isoformat(timespec="seconds")
-            run.warnings = [*run.warnings, f"the clock was set back: it said {said} when this run began"]
-            run.started_at = before.started_at + timedelta(microseconds=1)
+        before = {run.cell_key: known[run.cell_key] for run in runs if known.get(run.cell_key)}
+        if not before:
+            return
+        with self.reading() as session:
+            query = select(Run.id, Run.started_at).where(col(Run.id).in_(before.values()))
+            began = dict(session.exec(query).all())
+        for run in runs:
+            last = began.get(before.get(run.cell_key, ""))
+            if last is not None and run.started_at <= last:
+                said = run.started_at.isoformat(timespec="seconds")
+                run.warnings = [*run.warnings, f"the clock was set back: it said {said} when this run began"]
+                run.started_at = last + timedelta(microseconds=1)
 
     def count(self, **wanted: str | None) -> int:
         """Return how many runs there are with these values of columns."""
