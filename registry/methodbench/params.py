@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 from collections.abc import Mapping
 from typing import Any, TypeVar, dataclass_transform
 
@@ -37,7 +38,7 @@ def build(cls: type[T], passed: Mapping[str, Any], owner: str) -> T:
     Raises:
         ParameterError: names the owner, the field, the value and what is allowed.
     """
-    known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    known = _names(cls)  # type: ignore[arg-type]
     for name in passed:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
@@ -59,12 +60,12 @@ def build(cls: type[T], passed: Mapping[str, Any], owner: str) -> T:
 def resolve(cls: type, passed: Mapping[str, Any], owner: str) -> dict[str, Any]:
     """Return every hyperparameter with its value, defaults filled in, as JSON-ready values."""
     instance: Any = build(cls, passed, owner)
-    return TypeAdapter(cls).dump_python(instance, mode="json")
+    return _adapter(cls).dump_python(instance, mode="json")
 
 
 def describe(cls: type) -> list[dict[str, Any]]:
     """Return name, type, default, range and description of each hyperparameter."""
-    schema = TypeAdapter(cls).json_schema()
+    schema = _adapter(cls).json_schema()
     rows = []
     for name, spec in schema.get("properties", {}).items():
         allowed = _allowed(spec)
@@ -79,6 +80,16 @@ def describe(cls: type) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+@functools.cache
+def _names(cls: type) -> tuple[str, ...]:
+    return tuple(field.name for field in dataclasses.fields(cls))
+
+
+@functools.cache
+def _adapter(cls: type) -> TypeAdapter[Any]:
+    return TypeAdapter(cls)
 
 
 def _plain(message: str) -> str:

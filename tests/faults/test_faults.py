@@ -269,10 +269,20 @@ def test_a_damaged_database_ends_a_run_with_a_message_or_not_at_all(
 
 
 def test_a_damaged_cache_of_answers_is_asked_for_again(bench: Any, shared_cache: Path) -> None:
-    first = bench.plan("noop")
-    for content in (b"", b"{", b"[1, 2]", b'{"a": 3}', b"\xff\xfe"):
-        (shared_cache / "resolved.json").write_bytes(content)
-        again = bench.plan("noop")
+    first = bench.plan({"name": "noop", "params": {"value": 0.5}})
+    files = list((shared_cache / "resolved").glob("*.json"))
+    whole = {path: path.read_bytes() for path in files}
+    changed = (lambda content: content.replace(b"0.5}", b"0.7}"), lambda content: content[:-3])
+    garbage = (
+        lambda content: b"",
+        lambda content: b"{",
+        lambda content: b"[1, 2]",
+        lambda content: b"\xff\xfe",
+    )
+    for damage in (*changed, *garbage):
+        for path, content in whole.items():
+            path.write_bytes(damage(content))
+        again = bench.plan({"name": "noop", "params": {"value": 0.5}})
         assert [cell.key for cell in again.cells] == [cell.key for cell in first.cells]
 
 

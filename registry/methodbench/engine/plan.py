@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import gc
 import importlib.metadata
 import itertools
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -45,23 +47,33 @@ class Plan:
 
 
 @dataclass(slots=True)
+class _Setting:
+    """A model and a task with its settings: what many cells share."""
+
+    model: Model | None
+    task: Task
+    passed: Mapping[str, Any]
+    comparison: Comparison
+
+    def questions(self) -> list[Question]:
+        own = [Question(self.task.name, self.task.impl, {**self.task.options, **self.passed})]
+        if self.model:
+            own.append(Question(self.model.name, self.model.loader, self.model.options))
+        return own
+
+
+@dataclass(slots=True)
 class _Draft:
     """A cell before its parameters are completed."""
 
     method: Method
     variant: str
     params: Mapping[str, Any]
-    model: Model | None
-    task: Task
-    task_passed: Mapping[str, Any]
-    comparison: Comparison
+    setting: _Setting
 
-    def questions(self) -> Iterable[Question]:
-        for link, params in link_params(self.method, self.params):
-            yield Question(link.name, link.impl, params)
-        yield Question(self.task.name, self.task.impl, {**self.task.options, **self.task_passed})
-        if self.model:
-            yield Question(self.model.name, self.model.loader, self.model.options)
+    def questions(self) -> list[Question]:
+        asked = link_params(self.method, self.params)
+        return [Question(link.name, link.impl, params) for link, params in asked]
 
 
 def make_plan(suite: Suite, catalog: Catalog) -> Plan:
@@ -73,54 +85,85 @@ def make_plan(suite: Suite, catalog: Catalog) -> Plan:
         MissingExtraError: a plugin's optional dependencies are not installed.
     """
     plan = Plan(suite.name)
-    drafts: list[_Draft] = []
-    for comparison in suite.comparisons:
-        drafts += _expand(comparison, catalog, plan)
-    for draft in drafts:
-        for method in draft.method.links or (draft.method,):
-            _check_extra(catalog, "method", method)
-        for kind, entry in (("model", draft.model), ("task", draft.task)):
-            if entry is not None:
-                _check_extra(catalog, kind, entry)
-    asked = [list(draft.questions()) for draft in drafts]
-    answered = iter(resolve_all([question for questions in asked for question in questions]))
-    seen: set[str] = set()
-    for draft, questions in zip(drafts, asked, strict=True):
-        answers = []
-        for answer in itertools.islice(answered, len(questions)):
-            if isinstance(answer, MethodbenchError):
-                raise answer
-            answers.append(answer)
-        for seed in draft.comparison.seeds:
-            cell = _cell(draft, answers, seed, suite.name)
-            if cell.key not in seen:
-                seen.add(cell.key)
-                plan.cells.append(cell)
+    with no_collection():
+        drafts: list[_Draft] = []
+        for comparison in suite.comparisons:
+            drafts += _expand(comparison, catalog, plan)
+        settings = {id(draft.setting): draft.setting for draft in drafts}
+        asked = [draft.questions() for draft in drafts]
+        shared = {key: setting.questions() for key, setting in settings.items()}
+        everything = list(itertools.chain(*asked, *shared.values()))
+        answered = iter(resolve_all(everything))
+        own = [list(itertools.islice(answered, len(questions))) for questions in asked]
+        common = {key: list(itertools.islice(answered, len(questions))) for key, questions in shared.items()}
+        made = {}
+        seen: set[str] = set()
+        for draft, answers in zip(drafts, own, strict=True):
+            key = id(draft.setting)
+            params = join_params(draft.method, _given(answers))
+            if key not in made:
+                made[key] = _shared_fields(draft.setting, _given(common[key]), suite.name)
+            for seed in draft.setting.comparison.seeds:
+                cell = Cell(
+                    method=draft.method,
+                    variant=draft.variant,
+                    params_passed=draft.params,
+                    params=params,
+                    seed=seed,
+                    method_digest=method_digest(draft.method),
+                    **made[key],
+                )
+                if cell.key not in seen:
+                    seen.add(cell.key)
+                    plan.cells.append(cell)
     return plan
+
+
+@contextlib.contextmanager
+def no_collection() -> Iterator[None]:
+    """Keep the garbage collector from looking again and again at what is being made, and holds no cycles."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _expand(comparison: Comparison, catalog: Catalog, plan: Plan) -> list[_Draft]:
     drafts = []
     models = [catalog.model(name) for name in comparison.models]
     tasks = [(catalog.task(use.name), use.params) for use in comparison.tasks]
-    for task, task_passed in tasks:
+    methods = [
+        (method, use.variants(method)) for use in comparison.methods if (method := catalog.method(use.name))
+    ]
+    for task, passed in tasks:
         # A task that brings its own model is run once, whatever models stand beside it in the suite.
         for model in models if task.accepts and models else [None]:
-            for use in comparison.methods:
-                method = catalog.method(use.name)
-                for variant, params in use.variants(method):
-                    names = (method.name, variant, model.name if model else "", task.name)
-                    if comparison.excludes(*names):
-                        continue
-                    reason = (
-                        catalog.mismatch(method, model, task)
-                        or _unavailable(model, task)
-                        or _without_gpu(method, task, comparison.device)
-                    )
-                    if reason:
-                        plan.skips.append(Skip(*names, reason))
-                    else:
-                        drafts.append(_Draft(method, variant, params, model, task, task_passed, comparison))
+            setting = _Setting(model, task, passed, comparison)
+            unavailable = _unavailable(model, task)
+            for method, variants in methods:
+                names = (method.name, model.name if model else "", task.name)
+                kept = [
+                    (variant, params)
+                    for variant, params in variants
+                    if not comparison.excludes(names[0], variant, *names[1:])
+                ]
+                reason = (
+                    catalog.mismatch(method, model, task)
+                    or unavailable
+                    or _without_gpu(method, task, comparison.device)
+                )
+                if reason:
+                    plan.skips += [Skip(names[0], variant, *names[1:], reason) for variant, _ in kept]
+                elif kept:
+                    for link in method.links or (method,):
+                        _check_extra(catalog, "method", link)
+                    for kind, entry in (("model", model), ("task", task)):
+                        if entry is not None:
+                            _check_extra(catalog, kind, entry)
+                    drafts += [_Draft(method, variant, params, setting) for variant, params in kept]
     return drafts
 
 
@@ -144,29 +187,32 @@ def _without_gpu(method: Method, task: Task, device: str) -> str:
     return ""
 
 
-def _cell(draft: _Draft, answers: list[dict[str, Any]], seed: int, suite: str) -> Cell:
-    model = draft.model
-    links = len(draft.method.links) or 1
-    of_links, (task_params, *model_options) = answers[:links], answers[links:]
-    return Cell(
-        method=draft.method,
-        variant=draft.variant,
-        params_passed=dict(draft.params),
-        params=join_params(draft.method, of_links),
-        model=model,
-        task=draft.task,
-        task_passed=dict(draft.task_passed),
-        task_params=task_params,
-        seed=seed,
-        dtype=draft.comparison.dtype,
-        device=draft.comparison.device,
-        threads=draft.comparison.threads or draft.task.threads,
-        timeout=draft.comparison.timeout,
-        suite=suite,
-        method_digest=method_digest(draft.method),
-        weights_digest=weights_digest(model, model_options[0]) if model else "",
-        data_digest=data_digest(draft.task.data),
-    )
+def _given(answers: Iterable[dict[str, Any] | MethodbenchError]) -> list[dict[str, Any]]:
+    """Return answers that are none of them an error."""
+    given = []
+    for answer in answers:
+        if isinstance(answer, MethodbenchError):
+            raise answer
+        given.append(answer)
+    return given
+
+
+def _shared_fields(setting: _Setting, answers: list[dict[str, Any]], suite: str) -> dict[str, Any]:
+    """Return the fields that the cells of a setting share."""
+    model, task, comparison = setting.model, setting.task, setting.comparison
+    return {
+        "model": model,
+        "task": task,
+        "task_passed": dict(setting.passed),
+        "task_params": answers[0],
+        "dtype": comparison.dtype,
+        "device": comparison.device,
+        "threads": comparison.threads or task.threads,
+        "timeout": comparison.timeout,
+        "suite": suite,
+        "weights_digest": weights_digest(model, answers[1]) if model else "",
+        "data_digest": data_digest(task.data),
+    }
 
 
 def method_digest(method: Method) -> str:

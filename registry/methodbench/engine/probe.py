@@ -1,25 +1,29 @@
 """Asks implementations about their hyperparameters without importing them here.
 
 Implementations import torch and may be broken; so a child process imports them, and answers are kept in the cache
-under the digest of the implementation's source: planning the same suite twice imports nothing.
+by the implementation and its source: planning the same suite twice imports nothing.
 """
 
 from __future__ import annotations
 
+import gc
+import hashlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from methodbench.errors import MethodbenchError, ParameterError
-from methodbench.provenance import digest, source_digest
+from methodbench.provenance import canonical_json, digest, source_digest
 from methodbench.sources import cache_dir
 
 _CHILD_LIMIT = 300.0
+#: Stands for a description where the text of parameters stands else; no parameters read like this.
+_DESCRIPTION = "describe"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,42 +35,61 @@ class Question:
     implementation: str
     params: Mapping[str, Any]
 
-    def key(self) -> str:
+    def text(self) -> str:
+        """The parameters in the one form that they are kept under.
+
+        Raises:
+            ParameterError: they hold what JSON has no form for.
+        """
         try:
-            return digest([self.implementation, source_digest(self.implementation), dict(self.params)])
+            return canonical_json(dict(self.params))
         except (TypeError, ValueError) as error:
-            raise _unwritable(self.params, error) from error
-
-
-def _plain(params: Mapping[str, Any]) -> Any:
-    """Return the parameters as JSON has them; what JSON has no form for is refused."""
-    try:
-        return json.loads(json.dumps(params, allow_nan=False))
-    except (TypeError, ValueError) as error:
-        raise _unwritable(params, error) from error
-
-
-def _unwritable(params: Mapping[str, Any], error: Exception) -> ParameterError:
-    return ParameterError(f"parameters {dict(params)!r} cannot be written as JSON: {error}")
+            message = f"parameters {dict(self.params)!r} cannot be written as JSON: {error}"
+            raise ParameterError(message) from error
 
 
 def resolve_all(questions: Sequence[Question]) -> list[dict[str, Any] | MethodbenchError]:
     """Return the completed hyperparameters of each question, or the error that says what is wrong with them."""
-    cached = _read_cache()
-    keys = [question.key() for question in questions]
-    unknown = {key: question for key, question in zip(keys, questions, strict=True) if key not in cached}
-    if unknown:
-        answers = _ask([{"do": "resolve", **_request(question)} for question in unknown.values()])
-        fresh = dict(zip(unknown, answers, strict=True))
-        cached.update(fresh)
-        kept = {key: answer for key, answer in fresh.items() if "params" in answer}
-        # The import is what costs: its description comes with it, for pages and `show`.
-        for key, question in unknown.items():
-            described = fresh[key].pop("described", None)
-            if described:
-                kept[_description_key(question.implementation)] = described
-        _write_cache(kept)
-    return [_decode(cached[key]) for key in keys]
+    texts = [question.text() for question in questions]
+    known = {implementation: _read_answers(implementation) for implementation in _implementations(questions)}
+    unknown = {
+        (question.implementation, text): question.owner
+        for question, text in zip(questions, texts, strict=True)
+        if text not in known[question.implementation]
+    }
+    # The import is what costs: a description comes with it, for pages and `show`.
+    for (implementation, _), owner in list(unknown.items()):
+        if _DESCRIPTION not in known[implementation]:
+            unknown[implementation, _DESCRIPTION] = owner
+    _find_out(known, unknown)
+    return [
+        _decode(known[question.implementation][text]) for question, text in zip(questions, texts, strict=True)
+    ]
+
+
+def _find_out(known: dict[str, dict[str, Any]], unknown: Mapping[tuple[str, str], str]) -> None:
+    """Ask one child about what is unknown, by implementation and text of the parameters, and keep the answers.
+
+    Args:
+        known: answers by implementation and text; those to the unknown are added.
+        unknown: owner of each, for messages.
+    """
+    if not unknown:
+        return
+    answers = _ask(
+        [
+            {"owner": owner, "implementation": implementation, "wanted": wanted}
+            for (implementation, wanted), owner in unknown.items()
+        ]
+    )
+    for (implementation, wanted), answer in zip(unknown, answers, strict=True):
+        known[implementation][wanted] = answer
+    for implementation in dict.fromkeys(implementation for implementation, _ in unknown):
+        _write_answers(implementation, known[implementation])
+
+
+def _implementations(questions: Iterable[Question]) -> Iterable[str]:
+    return dict.fromkeys(question.implementation for question in questions)
 
 
 def describe(owner: str, implementation: str) -> dict[str, Any]:
@@ -87,33 +110,15 @@ def describe_all(implementations: Mapping[str, str]) -> dict[str, dict[str, Any]
 
 
 def _descriptions(implementations: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """Return the description of each implementation, or its error; what is not in the cache is asked of one child."""
-    keys = {owner: _description_key(implementation) for owner, implementation in implementations.items()}
-    cached = _read_cache()
-    unknown = [owner for owner, key in keys.items() if key not in cached]
-    if unknown:
-        answers = _ask(
-            [
-                {"do": "describe", "owner": owner, "implementation": implementations[owner], "params": {}}
-                for owner in unknown
-            ]
-        )
-        fresh = {keys[owner]: answer for owner, answer in zip(unknown, answers, strict=True)}
-        cached.update(fresh)
-        _write_cache({key: answer for key, answer in fresh.items() if "doc" in answer})
-    return {owner: cached[key] for owner, key in keys.items()}
-
-
-def _description_key(implementation: str) -> str:
-    return digest(["describe", implementation, source_digest(implementation)])
-
-
-def _request(question: Question) -> dict[str, Any]:
-    return {
-        "owner": question.owner,
-        "implementation": question.implementation,
-        "params": _plain(question.params),
+    """Return the description of each implementation, or its error."""
+    known = {name: _read_answers(name) for name in dict.fromkeys(implementations.values())}
+    unknown = {
+        (name, _DESCRIPTION): owner
+        for owner, name in implementations.items()
+        if _DESCRIPTION not in known[name]
     }
+    _find_out(known, unknown)
+    return {owner: known[name][_DESCRIPTION] for owner, name in implementations.items()}
 
 
 def _decode(answer: Mapping[str, Any]) -> dict[str, Any] | MethodbenchError:
@@ -154,24 +159,33 @@ def _child(requests: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]] | None
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _cache_file() -> Path:
-    return cache_dir() / "resolved.json"
+def _answers_file(implementation: str) -> Path:
+    """Return where the answers of an implementation are kept, as long as its source is what it is."""
+    return cache_dir() / "resolved" / f"{digest([implementation, source_digest(implementation)])}.json"
 
 
-def _read_cache() -> dict[str, Any]:
+def _read_answers(implementation: str) -> dict[str, Any]:
+    """Return what an implementation has answered, by the text of the parameters.
+
+    A file is taken as a whole or not at all: parameters that a flipped bit changed would be another experiment.
+    """
     try:
-        return dict(json.loads(_cache_file().read_text()))
+        seal, _, text = _answers_file(implementation).read_bytes().partition(b"\n")
+        return dict(json.loads(text)) if hashlib.sha256(text).hexdigest() == seal.decode() else {}
     except (OSError, ValueError, TypeError):
         # Absent or damaged: the answers are asked for again.
         return {}
 
 
-def _write_cache(fresh: Mapping[str, Any]) -> None:
-    path = _cache_file()
+def _write_answers(implementation: str, answers: Mapping[str, Any]) -> None:
+    """Keep the answers that are no errors."""
+    path = _answers_file(implementation)
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    kept = {text: answer for text, answer in answers.items() if "error" not in answer}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps({**_read_cache(), **fresh}))
+        text = json.dumps(kept).encode()
+        temporary.write_bytes(hashlib.sha256(text).hexdigest().encode() + b"\n" + text)
         temporary.replace(path)
     except OSError:
         # A cache that cannot be written costs seconds, not results.
@@ -196,10 +210,9 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
     except Exception as error:
         return {"error": f"{owner}: cannot import {implementation}: {type(error).__name__}: {error}"}
     try:
-        described = {"doc": cls.__doc__ or "", "params": params.describe(cls)}
-        if request["do"] == "describe":
-            return described
-        return {"params": params.resolve(cls, request["params"], owner), "described": described}
+        if request["wanted"] == _DESCRIPTION:
+            return {"doc": cls.__doc__ or "", "params": params.describe(cls)}
+        return {"params": params.resolve(cls, json.loads(request["wanted"]), owner)}
     except ParameterError as error:
         return {"error": error.message, "hint": error.hint, "kind": "parameter"}
     except Exception as error:
@@ -209,4 +222,6 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    # What is made here is little or lives to the end.
+    gc.disable()
     print("\n" + json.dumps([answer(request) for request in json.load(sys.stdin)]))
