@@ -62,6 +62,7 @@ class Question:
     settings: Mapping[str, Any]
     dtype: str
     device: str
+    threads: int
     suffix: str
     """What tells it from another question with the same task and model; mostly empty."""
     superseded: int
@@ -209,8 +210,9 @@ def _key(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-#: What a question is asked by, apart from the versions of its protocol, weights and data.
-_ASKED = ("task", "model", "task_params_json", "dtype", "device_class")
+#: What a question is asked by, apart from the versions of its protocol, weights and data. Sums over other counts of
+#: threads are rounded differently, so the count is part of the question, as it is part of a cell's identity.
+_ASKED = ("task", "model", "task_params_json", "dtype", "device_class", "threads")
 _VERSION = ("protocol", "weights_digest", "data_digest")
 
 
@@ -280,6 +282,7 @@ def _questions(records: Records, catalog: Catalog) -> tuple[pl.DataFrame, dict[s
             settings=json.loads(row["task_params_json"]),
             dtype=row["dtype"],
             device=row["newest_device"],
+            threads=row["threads"],
             suffix=_suffix(row, same_name[row["task"], row["model"]]),
             superseded=row["runs"] - kept[row["question"]],
             metric=metrics.get(row["question"]) or (_declared_metric(task) if task else None),
@@ -289,8 +292,8 @@ def _questions(records: Records, catalog: Catalog) -> tuple[pl.DataFrame, dict[s
 
 
 def _question_key(asked: tuple[Any, ...]) -> str:
-    task, model, settings, dtype, device_class = asked
-    return _key(task, model, json.loads(settings), dtype, device_class)
+    task, model, settings, *machine = asked
+    return _key(task, model, json.loads(settings), *machine)
 
 
 def _suffix(row: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> str:
@@ -306,6 +309,8 @@ def _suffix(row: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> str:
     parts += [
         str(row[name]) for name in ("dtype", "device_class") if len({other[name] for other in others}) > 1
     ]
+    if len({other["threads"] for other in others}) > 1:
+        parts.append(f"threads={row['threads']}")
     return ", ".join(parts)
 
 

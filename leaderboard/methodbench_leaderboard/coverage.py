@@ -141,7 +141,17 @@ def make_coverage(records: Records, catalog: Catalog) -> list[Coverage]:
 
 def _newest(records: Records) -> pl.DataFrame:
     """Return the newest run of each setting and seed, one that was scored before one that failed."""
-    cell = ("method", "params_json", "model", "task", "task_params_json", "seed", "dtype", "device")
+    cell = (
+        "method",
+        "params_json",
+        "model",
+        "task",
+        "task_params_json",
+        "seed",
+        "dtype",
+        "device",
+        "threads",
+    )
     stale = pl.col("id").is_in(list(records.stale)) & (pl.col("status") == "ok")
     order = list(STATES)
     return (

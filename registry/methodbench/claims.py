@@ -25,8 +25,8 @@ A method's entry names its file (``claims="awq.toml"``), which lies in ``claims/
     tasks = ["*-ppl"]
 
 A claim is an inequality over records. It is tested wherever both sides were run on the same question: same model,
-weights, task, settings of the task, data, seeds, number type and device. Each such *condition* gets a verdict from
-the paired interval of ``left - right``; the claim gets the worst of them (``holds = "everywhere"``) or the best
+weights, task, settings of the task, data, seeds, number type, device and threads. Each such *condition* gets a verdict
+from the paired interval of ``left - right``; the claim gets the worst of them (``holds = "everywhere"``) or the best
 (``holds = "somewhere"``).
 """
 

@@ -49,8 +49,9 @@ class PairedResult:
 def compare_methods(store: Store, a: str, b: str) -> list[PairedResult]:
     """Compare two methods, each given as ``name`` or ``name@variant``.
 
-    Cells are paired when model, weights, task, protocol, its settings, data, seed and dtype agree; variants are
-    paired when they carry the same label, or when both were named. Scores of several seeds are averaged per unit.
+    Cells are paired when model, weights, task, protocol, its settings, data, seed, dtype, kind of device and count of
+    threads agree; variants are paired when they carry the same label, or when both were named. Scores of several seeds
+    are averaged per unit.
 
     Raises:
         UnknownNameError: no run of that method or variant is in the database.
@@ -118,6 +119,7 @@ def question(run: Run) -> str:
             "data_digest": run.data_digest,
             "dtype": run.dtype,
             "device_class": run.device.partition(":")[0],
+            "threads": run.threads,
         }
     )
 

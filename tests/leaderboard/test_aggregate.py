@@ -91,6 +91,30 @@ def test_a_run_of_an_earlier_protocol_is_counted_but_not_compared(boards, store)
     assert not used & {run.id for run in store.runs() if run.protocol == 0}
 
 
+def test_results_of_other_thread_counts_stand_in_columns_of_their_own(made_up, tmp_path):
+    with made_up.open_store(str(tmp_path / "threads.db")) as store:
+        maker = made_up.Maker(store)
+        for threads, worse in ((1, 0.0), (4, 0.5)):
+            for method in ("nothing", "round"):
+                baseline = method == "nothing"
+                scores = {"perplexity": np.linspace(1, 2, 8) + worse + 0.1 * (not baseline)}
+                maker.run(method, "text-ppl", scores, model="tiny-lm", model_kind="causal-lm", threads=threads,
+                          family="baseline" if baseline else "shrink", baseline=baseline)  # fmt: skip
+        (board,) = make_boards(Records(store), made_up.make_catalog())
+    (table,) = board.tables
+    assert {question.suffix: question.threads for question in table.questions} == {
+        "threads=1": 1,
+        "threads=4": 4,
+    }
+    for question in table.questions:
+        for method in ("nothing", "round"):
+            assert [run.threads for run in _row(table, method).cells[question.key].runs] == [question.threads]
+        # The difference to the baseline is that to the baseline under the same count.
+        assert _row(table, "round").cells[question.key].difference.difference == pytest.approx(
+            np.exp(np.linspace(1, 2, 8).mean() + (0.5 if question.threads == 4 else 0.0)) * (np.exp(0.1) - 1)
+        )
+
+
 def test_a_scored_run_goes_before_one_that_failed(boards):
     (table,) = boards["shrink", "causal-lm"].tables
     cell = _row(table, "round b4").cells[_key(table, "text-ppl")]
