@@ -12,7 +12,6 @@ plotly where it has one: the times to load are those of a network without delay.
 from __future__ import annotations
 
 import json
-import os
 import runpy
 import shutil
 import statistics
@@ -22,7 +21,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import Figure, alternate, parser, report
+from common import Figure, add_benchopt, alternate, benchopt_of, parser, report
 
 METHODS, TASKS, SEEDS = 20, 5, 5
 
@@ -144,25 +143,18 @@ class Visit:
 def main() -> int:
     """Measure, print, and return 1 when a limit is missed."""
     options = parser(__doc__ or "")
-    options.add_argument(
-        "--benchopt",
-        default=os.environ.get("METHODBENCH_BENCHOPT", ""),
-        help="an interpreter that has benchopt",
-    )
+    add_benchopt(options)
     given = options.parse_args()
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if not given.benchopt or shutil.which(given.benchopt) is None:
-        print(
-            "no benchopt: nothing is measured. Make an environment with `pip install benchopt` and name its"
-        )
-        print("interpreter with --benchopt or METHODBENCH_BENCHOPT.")
+    python = benchopt_of(given)
+    if python is None:
         return 0
     if chromium is None:
         print("no Chromium on this machine: nothing is measured")
         return 0
     from playwright.sync_api import sync_playwright
 
-    about = json.loads(_ask(given.benchopt, _ABOUT))
+    about = json.loads(_ask(python, _ABOUT))
     plotly = Path(about["plotly"]) if about["plotly"] and Path(about["plotly"]).is_file() else None
     with tempfile.TemporaryDirectory() as scratch, sync_playwright() as playwright:
         root = Path(scratch)
@@ -175,7 +167,7 @@ def main() -> int:
         (theirs / "objective.py").write_text(_OBJECTIVE)
         (root / "rows.json").write_text(json.dumps(_rows(database)))
         results = theirs / "outputs" / "made_up.parquet"
-        _ask(given.benchopt, _CONVERT, str(root / "rows.json"), str(results))
+        _ask(python, _CONVERT, str(root / "rows.json"), str(results))
 
         def build() -> None:
             shutil.rmtree(out, ignore_errors=True)
@@ -192,7 +184,7 @@ def main() -> int:
 
         def render() -> None:
             command = [
-                given.benchopt,
+                python,
                 "-m",
                 "benchopt",
                 "plot",

@@ -6,6 +6,8 @@ import argparse
 import dataclasses
 import gc
 import json
+import os
+import shutil
 import statistics
 import tempfile
 import time
@@ -46,6 +48,24 @@ def parser(description: str, rounds: int = 5) -> argparse.ArgumentParser:
     options.add_argument("--rounds", type=int, default=rounds, help="timed runs of each contestant")
     options.add_argument("--json", type=Path, help="file to write the figures to")
     return options
+
+
+def add_benchopt(options: argparse.ArgumentParser) -> None:
+    """Add the option that names benchopt, which lives in an environment of its own."""
+    options.add_argument(
+        "--benchopt",
+        default=os.environ.get("METHODBENCH_BENCHOPT", ""),
+        help="an interpreter that has benchopt",
+    )
+
+
+def benchopt_of(given: argparse.Namespace) -> str | None:
+    """Return the interpreter that has benchopt; say how to get one where there is none."""
+    if given.benchopt and shutil.which(given.benchopt) is not None:
+        return str(given.benchopt)
+    print("no benchopt: nothing is measured. Make an environment with `pip install benchopt` and name its")
+    print("interpreter with --benchopt or METHODBENCH_BENCHOPT.")
+    return None
 
 
 def alternate(contestants: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
