@@ -5,6 +5,7 @@ VENV := .venv
 RUN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST_FLAGS ?=
+BENCHMARKS := $(filter-out benchmarks/common.py benchmarks/_%,$(wildcard benchmarks/*.py))
 
 .PHONY: demo test lint docs format bench site clean
 
@@ -28,7 +29,8 @@ format: $(STAMP)
 	$(RUN)/ruff format .
 
 bench: $(STAMP)
-	for script in benchmarks/[!_]*.py; do [ $$script = benchmarks/common.py ] || $(RUN)/python $$script || exit 1; done
+	missed=; for script in $(BENCHMARKS); do $(RUN)/python $$script || missed="$$missed $$script"; done; \
+	  [ -z "$$missed" ] || { echo "limits missed or not run:$$missed"; exit 1; }
 
 site: $(STAMP)
 	$(RUN)/methodbench site build

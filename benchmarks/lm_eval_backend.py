@@ -3,7 +3,8 @@
     python benchmarks/lm_eval_backend.py [--model FOLDER] [--items 100] [--rounds 5] [--json FILE]
 
 Needs METHODBENCH_DATA with ``piqa/valid.jsonl``. Both sides answer the same requests; log-likelihoods must agree
-to 1e-3 and greedy answers exactly.
+to 1e-3 and greedy answers exactly. The limits, 2 beside the peer as it comes and 1.5 beside its best batch size, are
+what evaluating each shared prefix once was hoped to be worth; the requests themselves bound it.
 """
 
 from __future__ import annotations

@@ -111,7 +111,7 @@ class Comparison(Strict):
     tasks: Annotated[list[Annotated[TaskUse, BeforeValidator(_named)]], Field(min_length=1)] = Field(
         description="tasks and their settings"
     )
-    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = Field(
+    seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**63)]], Field(min_length=1)] = Field(
         default=[0], description="one run of every cell per seed"
     )
     dtype: Literal["float32", "float64", "bfloat16", "float16"] = Field(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -17,6 +18,8 @@ from methodbench import api
 from methodbench.catalog import Catalog
 from methodbench.engine import executors
 from methodbench.engine.driver import Report, SilentReporter, run_plan
+from methodbench.engine.slots import Grant
+from methodbench.errors import MethodbenchError
 from methodbench.store import Store
 from methodbench.suite import Suite
 
@@ -250,6 +253,57 @@ def test_a_batch_gives_the_bits_of_isolated_cells(tmp_path: Path, catalog: Catal
             scores.append({(keys[row.run_id], row.name): row.scores for row in store.metrics()})
     assert scores[0] == scores[1]
     assert len(scores[0]) == 12
+
+
+def test_cells_that_end_together_are_reported_together_and_never_too_many(tmp_path: Path) -> None:
+    """What a worker has written when the driver looks comes in one call, so that it is one transaction."""
+    reported: list[list[int]] = []
+
+    class Sink:
+        def finished(self, job: Any, outcomes: Any) -> None:
+            reported.append(list(outcomes))
+
+    job = {"id": "j", "out": str(tmp_path), "log": str(tmp_path / "log.txt"), "first": 0, "cells": [{}] * 251}
+    running = executors._Running(job, Grant(1, 0), 0.0)
+    executor = executors.LocalExecutor(executors.ExecutorOptions(cores=1))
+    for index in range(250):
+        (tmp_path / f"{index}.json").write_text('{"status": "ok"}')
+    executor._collect(running, Sink())
+    assert [len(group) for group in reported] == [100, 100, 50]
+    assert [index for group in reported for index in group] == list(range(250))
+    executor._collect(running, Sink())
+    assert len(reported) == 3, "a cell without a result is not reported"
+    assert list(tmp_path.glob("*.json")) == []
+
+
+def test_what_workers_wrote_is_removed_as_cells_are_recorded(
+    store: Store, catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folders: list[int] = []
+
+    class Count(SilentReporter):
+        def finished(self, cell: Any, run: Any, metrics: Any) -> None:
+            folders.append(sum(path.is_dir() for path in tmp_path.glob("methodbench-*/*")))
+
+    run(
+        store,
+        catalog,
+        suite({"name": "noop", "grid": {"value": [index / 9 for index in range(10)]}}),
+        reporter=Count(),
+    )
+    assert len(folders) == 10
+    assert max(folders) <= 4
+    assert list(tmp_path.glob("methodbench-*")) == []
+
+
+def test_a_temporary_folder_that_cannot_be_written_is_told(
+    store: Store, catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "absent"))
+    with pytest.raises(MethodbenchError, match=r"cannot write temporary files: .*absent") as caught:
+        run(store, catalog, suite("noop"))
+    assert "TMPDIR" in caught.value.hint
 
 
 def test_a_crash_in_a_batch_costs_the_cell_that_crashed(store: Store, catalog: Catalog) -> None:

@@ -215,3 +215,19 @@ def test_records_of_schema_0001_are_stale_and_say_that_threads_are_why(
     answer = explain_run(store.run("a" * 12), store, changing)
     assert answer.verdict == "stale"
     assert {field.name for field in answer.fields if not field.same} == {"version", "threads"}
+
+
+def test_a_source_that_changes_while_the_plan_runs_is_not_recorded_under_its_old_identity(
+    changing: Catalog, edit: Edit, store: Store
+) -> None:
+    comparison = {"methods": ["constant"], "tasks": ["toy-value"], "timeout": 60}
+    suite = {"name": "t", "comparisons": [comparison]}
+    made = api.plan(suite, catalog=changing)
+    edit("methods.py", "value: float = 1.0", "value: float = 2.0")
+    report = run_plan(made, store, changing, cores=1)
+    assert [run.reason for run in report.failed] == [
+        "the source of constant was changed while the plan ran; run the same command again"
+    ]
+    again = run_plan(api.plan(suite, catalog=changing), store, changing, cores=1)
+    assert again.complete
+    assert again.runs.keys().isdisjoint(report.runs)

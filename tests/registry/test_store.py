@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from sqlalchemy import inspect, text
+from sqlalchemy.exc import IntegrityError
 from sqlmodel import SQLModel
 
 from methodbench.errors import StoreError
@@ -17,6 +18,7 @@ from methodbench.store import (
     SCHEMA_REVISION,
     Environment,
     Fingerprint,
+    Finished,
     MetricValue,
     Run,
     Series,
@@ -86,6 +88,14 @@ def test_a_failed_transaction_leaves_no_trace(store: Store) -> None:
     with pytest.raises((StoreError, IntegrityError)):
         store.add(make_run(2), [MetricValue(run_id="nobody", name="value")])
     assert [run.id for run in store.runs()] == [f"{1:012x}"]
+
+
+def test_a_record_that_cannot_be_written_takes_no_other_along(store: Store) -> None:
+    good, bad = Finished(make_run(1), environment=ENVIRONMENT), MetricValue(run_id="nobody", name="value")
+    with pytest.raises(IntegrityError):
+        store.add_finished([good, Finished(make_run(2), [bad]), Finished(make_run(3))])
+    assert [run.id for run in store.runs()] == [make_run(1).id]
+    assert store.metrics() == []
 
 
 def test_migrations_make_the_schema_that_the_tables_declare(store: Store) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from methodbench import api
 from methodbench.catalog import Catalog
+from methodbench.engine import plan as plan_module
 from methodbench.engine.plan import make_plan
+from methodbench.engine.probe import Question
 from methodbench.errors import MissingExtraError, ParameterError, SuiteError, UnknownNameError
 from methodbench.suite import Suite, load_suite, parse_suite
 
@@ -35,6 +38,7 @@ comparisons:
         ("- a", "s.yaml", "a suite is a mapping"),
         ("name: example\n", "s.yaml", "the key 'comparisons' is missing"),
         (GOOD + "    seeds: [-1]\n", "s.yaml", "s.yaml:8: comparisons.0.seeds.0: Input should be greater"),
+        (GOOD + f"    seeds: [{2**63}]\n", "s.yaml", "s.yaml:8: comparisons.0.seeds.0: Input should be less"),
         (GOOD.replace("name: example", "name: Bad Name"), "s.yaml", "s.yaml:1: name"),
         (
             'name = "x"\n[[comparisons]]\ntasks = ["a"]\nmethods = ["b"]\nseedz = [1]\n', "s.toml",
@@ -73,6 +77,22 @@ def test_a_missing_file_and_an_unknown_suite_are_told_apart(catalog: Catalog, tm
 def plan_of(catalog: Catalog, **comparison: object) -> list[str]:
     suite = Suite.model_validate({"name": "s", "comparisons": [comparison]})
     return [cell.label for cell in make_plan(suite, catalog).cells]
+
+
+def test_each_setting_is_asked_about_once(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many cells share a task, its settings are one question."""
+    asked: list[int] = []
+    resolve = plan_module.resolve_all
+
+    def count(questions: Sequence[Question]) -> object:
+        asked.append(len(questions))
+        return resolve(questions)
+
+    monkeypatch.setattr(plan_module, "resolve_all", count)
+    grid = {"value": [index / 40 for index in range(40)]}
+    labels = plan_of(catalog, methods=[{"name": "noop", "grid": grid}], tasks=["toy-value"], seeds=[0, 1, 2])
+    assert len(labels) == 120
+    assert asked == [41]
 
 
 def test_presets_params_and_grids_multiply(catalog: Catalog) -> None:

@@ -8,13 +8,15 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
+from sqlmodel import Session, col, delete
 
-from methodbench.store import Claim, Driver, Environment, Run, Store, claims, open_store
+from methodbench.store import Claim, Driver, Environment, Finished, Run, Store, claims, open_store
 from methodbench.store.claims import Lease
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
@@ -238,6 +240,64 @@ def test_of_two_that_ran_a_cell_the_first_record_counts(store: Store) -> None:
             ]
             assert kept == [f"{first}-{cell}"] * 2
     assert sorted(run.id for run in store.runs()) == ["heir-a", "sleeper-b"]
+
+
+def test_records_written_together_settle_each_claim_by_itself(store: Store) -> None:
+    """One was taken over and recorded, one was taken over and still runs, one is held: all in one transaction."""
+    with Lease(store, {}) as sleeper, Lease(store, {}) as heir:
+        sleeper.take(["a", "b", "c"])
+        with store.writing() as session:
+            for cell in "ab":
+                session.delete(session.get(Claim, cell))
+            session.commit()
+        assert heir.take(["a", "b"]).mine == {"a", "b"}
+        store.add(make_run("heir-a", "a"), environment=ENVIRONMENT, lease=heir)
+        finished = [Finished(make_run(f"sleeper-{cell}", cell), environment=ENVIRONMENT) for cell in "abc"]
+        kept = store.add_finished(finished, lease=sleeper)
+        assert [run.id for run in kept] == ["heir-a", "sleeper-b", "sleeper-c"]
+        assert store.add(make_run("heir-b", "b"), lease=heir).id == "sleeper-b"
+        assert count(store, Claim) == 0
+    assert sorted(run.id for run in store.runs()) == ["heir-a", "sleeper-b", "sleeper-c"]
+
+
+def test_a_claim_that_ends_while_it_is_in_the_way_leaves_the_cell_free(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where several transactions write at a time, the rival's claim may be gone when one looks whose it was."""
+    driver = rival(store)
+    with Lease(store, {}) as lease:
+        look = Lease._holders
+
+        def gone(self: Lease, session: Session, keys: Collection[str]) -> dict[str, Driver]:
+            session.exec(delete(Claim).where(col(Claim.driver_id) == driver.id))
+            return look(self, session, keys)
+
+        monkeypatch.setattr(Lease, "_holders", gone)
+        assert lease.take(["a", "b"]).mine == {"a", "b"}
+
+
+def test_heartbeats_outlive_what_goes_wrong_with_one_of_them(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(claims, "BEAT_SECONDS", 0.02)
+    write, failed = Store.writing, []
+
+    def fail(self: Store) -> Any:
+        if threading.current_thread().name == "methodbench-lease" and len(failed) < 3:
+            failed.append(1)
+            raise RuntimeError("the pool of connections is exhausted")
+        return write(self)
+
+    monkeypatch.setattr(Store, "writing", fail)
+    with Lease(store, {}) as lease:
+        deadline = time.monotonic() + 30
+        beats = 0
+        while beats < 2 and time.monotonic() < deadline:
+            time.sleep(0.02)
+            with store.reading() as session:
+                beats = session.get(Driver, lease.id).beats
+    assert beats >= 2
+    assert len(failed) == 3
 
 
 def test_heartbeats_count_up_and_stop_with_the_driver(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

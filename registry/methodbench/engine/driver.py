@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
+import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -100,7 +102,7 @@ class Report:
     @property
     def complete(self) -> bool:
         """Whether every cell of the plan has a record that is no failure."""
-        return not self.failed and not self.left_out
+        return not self.failed and all(cell.key in self.runs for cell in self.plan.cells)
 
 
 def run_plan(
@@ -141,7 +143,7 @@ def run_plan(
     try:
         todo = _fetch_weights(todo, report, reporter)
         if todo:
-            with tempfile.TemporaryDirectory(prefix="methodbench-", ignore_cleanup_errors=True) as scratch:
+            with _scratch() as scratch:
                 cores = cores or available_cores()
                 options = ExecutorOptions(cores, _preload(todo), memory_limit, address)
                 runner = _executor(executor, catalog, options)
@@ -149,13 +151,35 @@ def run_plan(
                 try:
                     todo = _fitting(todo, runner, report, reporter)
                     with Lease(store, known) as lease:
-                        drive = _Drive(store, lease, report, reporter, Path(scratch), catalog)
+                        drive = _Drive(store, lease, report, reporter, scratch, catalog)
                         drive.run(todo, runner, batch)
                 finally:
                     runner.close()
     finally:
         reporter.end()
     return report
+
+
+@contextlib.contextmanager
+def _scratch() -> Iterator[Path]:
+    """A folder for what workers write, gone at the end.
+
+    Raises:
+        MethodbenchError: it cannot be written.
+    """
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="methodbench-", ignore_cleanup_errors=True)
+    except OSError as error:
+        raise _unwritable(error) from error
+    with folder as name:
+        yield Path(name)
+
+
+def _unwritable(error: OSError) -> MethodbenchError:
+    return MethodbenchError(
+        f"cannot write temporary files: {error}",
+        "Free some space or set TMPDIR to another folder, and run the same command again: finished cells are kept.",
+    )
 
 
 def available_cores() -> int:
@@ -221,11 +245,18 @@ def _fitting(todo: list[Cell], executor: Executor, report: Report, reporter: Rep
 
 
 def _preload(todo: Sequence[Cell]) -> list[str]:
-    """Return the modules that workers of these cells import anyway, so that they are imported once."""
-    implementations = [name for cell in todo for name in (*cell.method.implementations, cell.task.impl)]
-    implementations += [cell.model.loader for cell in todo if cell.model]
-    modules = dict.fromkeys(name.partition(":")[0] for name in implementations)
-    return ["methodbench.engine.worker", *modules]
+    """Return the implementations that workers of these cells import anyway, so that they are imported once."""
+    entries = {id(entry): entry for cell in todo for entry in (cell.method, cell.task, cell.model) if entry}
+    found: dict[str, None] = {}
+    for entry in entries.values():
+        match entry:
+            case Method():
+                found |= dict.fromkeys(entry.implementations)
+            case Model():
+                found[entry.loader] = None
+            case _:
+                found[entry.impl] = None
+    return ["methodbench.engine.worker", *found]
 
 
 class _Drive:
@@ -255,6 +286,8 @@ class _Drive:
         """Jobs whose cells this driver has claimed."""
         self.held: dict[str, Cell] = {}
         """Cells that other drivers have taken, by key."""
+        self.tasks: dict[tuple[int, int], dict[str, Any]] = {}
+        """What workers are told of a task, by its entry and its settings, which live as long as the plan."""
 
     def run(self, todo: Sequence[Cell], executor: Executor, batch: int) -> None:
         executor.run([self._preparation(cell) for cell in _one_per_model(todo)], self)
@@ -278,7 +311,7 @@ class _Drive:
 
     def admit(self, job: Mapping[str, Any]) -> Mapping[str, Any] | None:
         if "prepare" in job or job["id"] in self.taken:
-            return job
+            return self._with_folder(job)
         cells = self.jobs[job["id"]]
         mine = self._take(cells)
         if not mine:
@@ -287,7 +320,16 @@ class _Drive:
         self.jobs[job["id"]] = mine
         keys = {cell.key for cell in mine}
         kept = [data for cell, data in zip(cells, job["cells"], strict=True) if cell.key in keys]
-        return {**job, "cells": kept}
+        return self._with_folder({**job, "cells": kept})
+
+    @staticmethod
+    def _with_folder(job: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Make the folder that a job writes to; it is removed when all cells of the job are recorded."""
+        try:
+            Path(job["out"]).mkdir(exist_ok=True)
+        except OSError as error:
+            raise _unwritable(error) from error
+        return job
 
     def _take(self, cells: Sequence[Cell]) -> tuple[Cell, ...]:
         """Claim cells and return those that this driver has now; note what became of the others."""
@@ -320,7 +362,6 @@ class _Drive:
     def _common(self, cell: Cell, threads: int) -> dict[str, Any]:
         identifier = uuid.uuid4().hex[:12]
         out = self.scratch / identifier
-        out.mkdir()
         return {
             "id": identifier,
             "out": str(out),
@@ -345,7 +386,7 @@ class _Drive:
         data = self._common(first, jobs[0].threads)
         data["parts"] = [_part_data(job.cells[0]) for job in jobs]
         data["cells"] = [
-            {"part": part, "timeout": cell.timeout, "task": _task_data(cell)}
+            {"part": part, "timeout": cell.timeout, "task": self._task_data(cell)}
             for part, job in enumerate(jobs)
             for cell in job.cells
         ]
@@ -353,6 +394,13 @@ class _Drive:
         data["preparation"] = _preparing(first)
         self.jobs[data["id"]] = tuple(cell for job in jobs for cell in job.cells)
         return data
+
+    def _task_data(self, cell: Cell) -> dict[str, Any]:
+        """Describe a task with its settings, once for all cells that share both."""
+        key = id(cell.task), id(cell.task_params)
+        if key not in self.tasks:
+            self.tasks[key] = _task_data(cell)
+        return self.tasks[key]
 
     # What comes back
 
@@ -377,6 +425,8 @@ class _Drive:
             return
         cells = self.jobs[job["id"]]
         self._record([(cells[index], outcome) for index, outcome in outcomes.items()])
+        if len(cells) - 1 in outcomes:
+            shutil.rmtree(job["out"], ignore_errors=True)
 
     def _environment(self, outcome: CellOutcome) -> Environment:
         """Return the environment of a run: the machine it ran on, and what the worker computed with."""
@@ -508,17 +558,19 @@ def _part_data(cell: Cell) -> dict[str, Any]:
     return {
         "seed": cell.seed,
         "dtype": cell.dtype,
-        "method": _method_data(cell.method, cell.params),
+        "method": _method_data(cell),
         "model": _model_data(cell.model, cell.weights_digest) if cell.model else None,
     }
 
 
-def _method_data(method: Method, params: Mapping[str, Any]) -> dict[str, Any]:
+def _method_data(cell: Cell) -> dict[str, Any]:
+    method, params = cell.method, cell.params
     return {
         "name": method.name,
         "kind": method.kind,
         "impl": method.impl,
-        "source_digest": source_digest(method.impl),
+        # Of the plan; that of a chain covers its links, which are checked one by one.
+        "source_digest": source_digest(method.impl) if method.links else cell.method_digest,
         "params": dict(params),
         "needs": list(method.needs),
         "links": [

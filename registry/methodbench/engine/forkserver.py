@@ -27,6 +27,8 @@ import traceback
 from collections.abc import Mapping
 from typing import Any
 
+from methodbench import provenance
+
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 #: Seconds for the modules that are imported before the first fork; then SIGALRM ends the server.
@@ -74,7 +76,8 @@ def main(preload: list[str]) -> None:
     """Serve until standard input ends.
 
     Args:
-        preload: modules to import before the first fork; those that fail are left to the workers to report.
+        preload: modules and implementations to import before the first fork; those that fail are left to the workers
+            to report.
     """
     events = os.dup(1)
     os.dup2(2, 1)
@@ -82,9 +85,13 @@ def main(preload: list[str]) -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
     signal.alarm(_PRELOAD_SECONDS)
-    for module in preload:
+    for name in preload:
+        module, _, attribute = name.partition(":")
         with contextlib.suppress(Exception):
             importlib.import_module(module)
+            if attribute:
+                # Workers compare it with what was planned; it is the source of what they inherit.
+                provenance.source_digest(name)
     signal.alarm(0)
     # Objects made so far are moved out of the collector's sight, so that children do not copy their pages.
     gc.collect()

@@ -32,7 +32,7 @@ from methodbench.entries import Metric
 from methodbench.errors import DivergedError, MethodbenchError, NotApplicableError
 from methodbench.kinds import MODEL_KINDS
 from methodbench.locks import locked
-from methodbench.provenance import digest, numerics
+from methodbench.provenance import digest, numerics, source_digest
 
 if TYPE_CHECKING:
     from methodbench.protocols import Evaluation
@@ -289,7 +289,16 @@ class _Bench:
 
 
 def _method(wanted: Mapping[str, Any]) -> Any:
+    """Build a method, of the source that was planned.
+
+    Raises:
+        MethodbenchError: its source was changed since, and the record would name the wrong one.
+    """
     implementation = load_implementation(wanted["impl"])
+    if source_digest(wanted["impl"]) != wanted["source_digest"]:
+        raise MethodbenchError(
+            f"the source of {wanted['name']} was changed while the plan ran; run the same command again"
+        )
     if wanted["links"]:
         return implementation(
             wanted["name"], [(link, _method({**link, "links": []})) for link in wanted["links"]]

@@ -219,8 +219,9 @@ class Lease:
 
     def _keep_beating(self) -> None:
         while not self._stop.wait(BEAT_SECONDS):
-            # A beat that cannot be written is not missed: the next one tells the same.
-            with contextlib.suppress(StoreError), self.store.writing() as session:
+            # A beat that cannot be written is not missed: the next one tells the same. Whatever was in the way, this
+            # goes on: a driver that stops counting is taken for dead.
+            with contextlib.suppress(Exception), self.store.writing() as session:
                 beat = update(Driver).where(col(Driver.id) == self.id).values(beats=col(Driver.beats) + 1)
                 session.exec(beat)
                 session.commit()
