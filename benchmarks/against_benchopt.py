@@ -24,7 +24,7 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 
-from common import Figure, add_benchopt, alternate, benchopt_of, parser, report
+from common import Figure, add_benchopt, alternate, benchopt_of, parser, rate, report
 
 TOYS = Path(__file__).resolve().parent.parent / "tests" / "plugins"
 BATCH = 100
@@ -153,10 +153,10 @@ def run_ours(folder: Path, cells: int, *options: str) -> None:
 
 def figures(seconds: Mapping[str, float], cells: int, theirs: str) -> list[Figure]:
     """Return cells per second of each way to run them, start-up left out."""
-    peer = cells / (seconds["theirs, many"] - seconds["theirs, one"])
+    peer = rate(cells, seconds["theirs, many"], seconds["theirs, one"])
     found = []
     for name, limit in (("batch", 1.0), ("isolated", 0.2)):
-        ours = cells / (seconds[name] - seconds["one"])
+        ours = rate(cells, seconds[name], seconds["one"])
         print(f"{name}: {1000 / ours:.2f} ms a cell; benchopt {theirs}: {1000 / peer:.2f} ms a cell")
         found.append(Figure(f"no-op cell, {name} / benchopt", ours, peer, limit, "cells/s"))
     return found

@@ -86,6 +86,19 @@ def alternate(contestants: Mapping[str, Callable[[], Any]], rounds: int) -> dict
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
+def rate(cells: int, many: float, few: float) -> float:
+    """Return cells per second from the seconds of a run of many cells and of one that has ``cells`` fewer.
+
+    Raises:
+        SystemExit: the longer run took no longer, so that a busy machine was all that was measured.
+    """
+    if many <= few:
+        raise SystemExit(
+            f"{cells} more cells took {many - few:.2f} s: the machine is too busy; give more --cells or --rounds"
+        )
+    return cells / (many - few)
+
+
 def report(figures: Iterable[Figure], path: Path | None) -> int:
     """Print one row per figure, write them as JSON, and return 1 when a limit was missed, else 0."""
     rows = list(figures)

@@ -19,7 +19,7 @@ import tempfile
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
-from common import Figure, alternate, parser, report
+from common import Figure, alternate, parser, rate, report
 
 from methodbench import api
 from methodbench.catalog import Catalog, load_catalog
@@ -106,8 +106,8 @@ def main() -> int:
         "peer": one_process_per_run,
     }
     seconds = alternate(contestants, arguments.rounds)
-    ours = arguments.cells / (seconds["many"] - seconds["few"])
-    in_batches = arguments.cells / (seconds["batch"] - seconds["few"])
+    ours = rate(arguments.cells, seconds["many"], seconds["few"])
+    in_batches = rate(arguments.cells, seconds["batch"], seconds["few"])
     figures = [
         Figure("no-op cell / budget", ours, 1 / BUDGET_SECONDS, 1.0, "cells/s"),
         Figure("no-op cell / one process per run", ours, PEER_CELLS / seconds["peer"], 1.0, "cells/s"),

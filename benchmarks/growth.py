@@ -177,12 +177,14 @@ def main() -> int:
     options.add_argument(
         "--run", type=int, nargs="*", default=[1_000, 10_000], help="sizes that are also run"
     )
-    options.add_argument("--docs", action="store_true", help="write table and plot into the documentation")
+    options.add_argument(
+        "--docs", type=Path, nargs="?", const=FOLDER, help="write table and plot into the documentation"
+    )
     given = options.parse_args()
     points = measure(sorted(given.sizes), given.run, given.rounds)
     print(table(points))
     if given.docs:
-        write(points, FOLDER)
+        write(points, given.docs)
     return report(figures(points), given.json)
 
 

@@ -2,8 +2,8 @@
 
     python benchmarks/perplexity.py [--model FOLDER] [--windows 4] [--length 512] [--rounds 5] [--json FILE]
 
-The peer is the loop that scripts write: logits of a window, cross-entropy of the shifted ids. It does the least that can
-be done, so nothing is much faster; the limit of 0.9 leaves a tenth to what is recorded besides.
+The peer is the loop that scripts write: logits of a window, cross-entropy of the shifted ids. It does the least that
+can be done, so nothing is much faster; the limit of 0.9 leaves a tenth to what is recorded besides.
 """
 
 from __future__ import annotations
