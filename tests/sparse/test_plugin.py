@@ -10,9 +10,10 @@ import pytest
 
 from methodbench.entries import Method
 from methodbench.params import describe, resolve
-from methodbench.protocols import Compressor
+from methodbench.protocols import KINDS
 from methodbench_sparse import plugin
 from methodbench_sparse.activation_entries import METHODS as ACTIVATION_METHODS
+from methodbench_sparse.activation_entries import PROBES
 
 METHODS = plugin.methodbench_methods()
 
@@ -25,7 +26,7 @@ def implementation(method: Method) -> type:
 def test_the_family_lists_its_methods_once() -> None:
     (family,) = plugin.methodbench_families()
     names = [method.name for method in METHODS]
-    assert names == ["magnitude", "wanda", *(method.name for method in ACTIVATION_METHODS)]
+    assert names == ["magnitude", "wanda", *(method.name for method in (*ACTIVATION_METHODS, *PROBES))]
     assert {method.family for method in METHODS} == {family.name}
 
 
@@ -37,11 +38,11 @@ def test_every_preset_is_valid_and_differs_from_the_others(method: Method) -> No
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
-def test_every_implementation_is_a_compressor_with_described_hyperparameters(method: Method) -> None:
+def test_every_implementation_is_of_its_kind_with_described_hyperparameters(method: Method) -> None:
     cls = implementation(method)
-    assert isinstance(cls(), Compressor)
+    assert isinstance(cls(), KINDS[method.kind])
     rows = describe(cls)
-    assert "sparsity" in {row["name"] for row in rows}
+    assert method.kind == "probe" or "sparsity" in {row["name"] for row in rows}
     assert all(row["description"] for row in rows)
 
 

@@ -297,3 +297,49 @@ METHODS: tuple[Method, ...] = (
         positions="{positions}",
     ),
 )
+
+PROBES: tuple[Method, ...] = (
+    Method(
+        name="sparsing-law",
+        kind="probe",
+        family="sparse",
+        impl="methodbench_sparse.sparsing_law:SparsingLaw",
+        summary="The share of neurons that can be left out at p % more perplexity.",
+        applies_to=("causal-lm",),
+        paper=Paper(
+            title="Sparsing Law: Towards Large Language Models with Greater Activation Sparsity",
+            arxiv="2411.02335",
+            venue="ICML",
+            year=2025,
+            authors="Yuqi Luo and Chenyang Song and Xu Han and Yingfa Chen and Chaojun Xiao and Zhiyuan Liu"
+            " and Maosong Sun",
+            code="thunlp/SparsingLaw",
+        ),
+        presets={"p1": {"p": 1.0}, "p5": {"p": 5.0}},
+        fidelity="authors-code",
+        parity="thunlp/SparsingLaw@a6d9b4c8a45358a21447f0b30a557133c7b7d8a5",
+        vectors=("sparse/sparsing_law",),
+        properties=("deterministic", "no-input-mutation"),
+    ),
+    Method(
+        name="nonzero-neurons",
+        kind="probe",
+        family="sparse",
+        impl="methodbench_sparse.nonzero_neurons:NonzeroNeurons",
+        summary="The share of hidden neurons that are not zero for a token.",
+        applies_to=("causal-lm",),
+        paper=Paper(
+            title="The Lazy Neuron Phenomenon: On Emergence of Activation Sparsity in Transformers",
+            arxiv="2210.06313",
+            venue="ICLR",
+            year=2023,
+            authors="Zonglin Li and Chong You and Srinadh Bhojanapalli and Daliang Li and Ankit Singh Rawat"
+            " and Sashank J. Reddi and Ke Ye and Felix Chern and Felix Yu and Ruiqi Guo and Sanjiv Kumar",
+        ),
+        presets={"relu": {"eps": 0.0}, "eps01": {"eps": 0.01}},
+        fidelity="reimplementation",
+        parity="a reference of the paper's definitions; no code of the authors is public",
+        vectors=("sparse/lazy_neuron",),
+        properties=("deterministic", "no-input-mutation"),
+    ),
+)

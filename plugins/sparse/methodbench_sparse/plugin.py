@@ -8,6 +8,7 @@ from typing import Any
 from methodbench.entries import Family, Method, Paper, SuiteFile
 from methodbench.hookspecs import hookimpl
 from methodbench_sparse.activation_entries import METHODS as ACTIVATION_METHODS
+from methodbench_sparse.activation_entries import PROBES
 
 _WANDA_CODE = "locuslab/wanda@8e8fc87b4a2f9955baa7e76e64d5fce7fa8724a6"
 
@@ -109,6 +110,7 @@ def methodbench_methods() -> list[Method]:
             ),
         ),
         *ACTIVATION_METHODS,
+        *PROBES,
     ]
 
 
