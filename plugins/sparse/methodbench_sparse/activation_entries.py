@@ -315,6 +315,7 @@ PROBES: tuple[Method, ...] = (
             " and Maosong Sun",
             code="thunlp/SparsingLaw",
         ),
+        needs=("calibration",),
         presets={"p1": {"p": 1.0}, "p5": {"p": 5.0}},
         fidelity="authors-code",
         parity="thunlp/SparsingLaw@a6d9b4c8a45358a21447f0b30a557133c7b7d8a5",
@@ -336,6 +337,7 @@ PROBES: tuple[Method, ...] = (
             authors="Zonglin Li and Chong You and Srinadh Bhojanapalli and Daliang Li and Ankit Singh Rawat"
             " and Sashank J. Reddi and Ke Ye and Felix Chern and Felix Yu and Ruiqi Guo and Sanjiv Kumar",
         ),
+        needs=("calibration",),
         presets={"relu": {"eps": 0.0}, "eps01": {"eps": 0.01}},
         fidelity="reimplementation",
         parity="a reference of the paper's definitions; no code of the authors is public",
