@@ -11,10 +11,12 @@ from torch import Tensor
 from methodbench.context import Context
 from methodbench.errors import SourceError
 from methodbench.sources import data_path, fetch
+from methodbench.torchkit.activation_sparsity import forget, measured
 from methodbench.torchkit.model import Calibration, LoadedModel
 from methodbench_quant.models.causal_lm import GGUFCausalLM
 from methodbench_quant.models.entries import MODELS
 from methodbench_sparse.magnitude import Magnitude
+from methodbench_sparse.teal import TEAL
 from methodbench_sparse.wanda import Wanda
 from methodbench_sparse.wina import WINA
 
@@ -81,3 +83,17 @@ def test_the_rotation_keeps_perplexity_and_half_the_inputs_cost_some(
     dense = perplexity(smollm2, held_out)
     assert wina(0) == pytest.approx(dense, rel=1e-3)
     assert dense < wina(0.25) < wina(0.5)
+
+
+def test_at_half_of_the_inputs_wina_is_no_worse_than_teal(smollm2: LoadedModel, held_out: Tensor) -> None:
+    # Both keep exact counts on all tokens; calibration changes nothing but thresholds, which neither uses.
+    some = Calibration(held_out[:1, :64], "wikitext2 test")
+    wina = WINA(sparsity=0.5, transform=False, columns="paper", positions="all")
+    teal = TEAL(sparsity=0.5, mask_by="topk", positions="all")
+    scores = []
+    for method in (wina, teal):
+        sparse = method.compress(smollm2, some, Context())
+        forget(sparse)
+        scores.append(perplexity(sparse, held_out))
+        assert measured(sparse)["sparsity_model"] == pytest.approx(0.5, abs=1e-3)
+    assert perplexity(smollm2, held_out) < scores[0] <= scores[1]
