@@ -128,7 +128,7 @@ def test_a_result_that_disagrees_is_kept_as_a_witness(store: Store, other: Store
     assert found["000000000003"].verdict == "bit-identical"
     drifted = found["000000000002"]
     assert drifted.verdict == "drifted"
-    assert drifted.differences == [{"metric": "loss", "recorded": 2.0, "replayed": 7 / 3, "units": 2}]
+    assert drifted.differences == [{"metric": "loss", "first": 2.0, "second": 7 / 3, "units": 2, "of": 3}]
     assert merge(store, content).known == 2
 
 

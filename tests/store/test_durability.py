@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sqlite3
 import subprocess
@@ -22,14 +23,17 @@ from methodbench.errors import StoreError
 from methodbench.provenance import digest
 from methodbench.store import (
     SCHEMA_REVISION,
+    Driver,
     Environment,
     MetricValue,
     Run,
     Store,
+    claims,
     open_store,
     opening,
     repair,
 )
+from methodbench.store.claims import Lease
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 SOFTWARE = {"python": "3.11"}
@@ -420,6 +424,30 @@ def test_a_score_that_was_changed_behind_the_back_is_found(tmp_path: Path) -> No
     assert findings.damage == []
     done = repair.rebuild(path)
     assert (done.saved, done.lost) == (3, 1)
+
+
+def test_a_database_that_a_run_is_writing_to_is_not_repaired_under_it(tmp_path: Path, sound: Path) -> None:
+    """Its next records would go into the file that was put aside."""
+    path = tmp_path / "runs.db"
+    shutil.copy(sound, path)
+    with open_store(str(path)) as store:
+        with Lease(store, {}):
+            with pytest.raises(StoreError, match=rf"pid {os.getpid()}") as caught:
+                repair.rebuild(path)
+            assert "Ctrl-C" in caught.value.hint
+            assert len(store.runs()) == 150
+        with store.writing() as session:
+            # One that has died leaves its row behind.
+            gone = {
+                "id": "gone",
+                "host": "here",
+                "place": claims.place(),
+                "pid": os.getpid(),
+                "process_started": 0.0,
+            }
+            session.add(Driver(**gone, started_at=datetime(2026, 1, 1, tzinfo=UTC)))
+            session.commit()
+    assert repair.rebuild(path).saved == 150
 
 
 def test_an_index_that_is_damaged_costs_nothing(tmp_path: Path, sound: Path) -> None:

@@ -234,6 +234,11 @@ def _portions(keys: Collection[str]) -> Iterator[Sequence[str]]:
         yield ordered[start : start + 500]
 
 
+def runs_here(driver: Driver) -> bool:
+    """Return whether a driver is a living process of this machine."""
+    return driver.place == place() and _runs(driver.pid, driver.process_started)
+
+
 def place() -> str:
     """Return what makes a process id unique: machine, boot and process namespace."""
     parts = [socket.gethostname()]

@@ -132,9 +132,10 @@ def _differences(recorded: Record, other: Record) -> list[dict[str, Any]]:
         found.append(
             {
                 "metric": name,
-                "recorded": records.portable(one["value"]) if one else None,
-                "replayed": records.portable(two["value"]) if two else None,
+                "first": records.portable(one["value"]) if one else None,
+                "second": records.portable(two["value"]) if two else None,
                 "units": unequal + abs(len(scores[0]) - len(scores[1])),
+                "of": max(map(len, scores)),
             }
         )
     return found

@@ -19,7 +19,7 @@ from sqlalchemy import JSON, Boolean, Column, DateTime, Float, Integer, LargeBin
 from methodbench.errors import StoreError
 from methodbench.store import records
 from methodbench.store.capsule import Content
-from methodbench.store.claims import Lease
+from methodbench.store.claims import Lease, runs_here
 from methodbench.store.database import Store, open_store
 from methodbench.store.merging import merge, seal_unsealed
 from methodbench.store.records import CHILDREN, ENVIRONMENT, RUN, Record, plain_json
@@ -95,8 +95,14 @@ def rebuild(path: Path) -> Repair:
     of the first schema have no seal; those are saved when all that they need is there.
 
     Raises:
-        StoreError: nothing can be read, or the folder cannot be written. The file is as it was.
+        StoreError: nothing can be read, the folder cannot be written, or a run of this machine is at work on the file
+            and would go on to write into the one that was put aside. The file is as it was.
     """
+    for driver in _at_work(path):
+        raise StoreError(
+            f"a run is at work on {path} (pid {driver.pid}), and what it records would be left behind",
+            "Stop it with Ctrl-C or wait for its end, then repair.",
+        )
     try:
         free = shutil.disk_usage(path.parent).free
         if free < path.stat().st_size:
@@ -123,6 +129,21 @@ def rebuild(path: Path) -> Repair:
             f"{path} cannot be repaired: {error.strerror or error}", "Nothing was changed."
         ) from error
     return Repair(len(content.records), lost, kept)
+
+
+def _at_work(path: Path) -> list[Driver]:
+    """Return the living drivers of this machine; none where the table of drivers cannot be read."""
+    wanted = ("id", "host", "place", "pid", "process_started")
+    found = []
+    with (
+        contextlib.suppress(sqlite3.DatabaseError, TypeError, ValueError),
+        contextlib.closing(sqlite3.connect(path)) as raw,
+    ):
+        for row in raw.execute(f"SELECT {', '.join(wanted)} FROM driver"):
+            driver = Driver(**dict(zip(wanted, row, strict=True)), started_at=datetime.now(UTC))
+            if runs_here(driver):
+                found.append(driver)
+    return found
 
 
 def _files(path: Path) -> list[Path]:
