@@ -19,6 +19,7 @@ import psutil
 import pytest
 
 from methodbench.errors import StoreError
+from methodbench.store import open_store
 
 Wait = Callable[..., None]
 
@@ -117,8 +118,10 @@ def test_fifty_kills_of_workers_servers_and_drivers_over_one_grid(bench: Any, wa
         bench.kill_driver(driver)
     bench.check()
     before = bench.executions()
-    done = sum(status == "ok" for status in bench.reported().values())
-    assert done < cells
+    # A driver that is killed between the transaction and the report has recorded a cell that it never reported.
+    with open_store(str(bench.db)) as store:
+        done = sum(run.status == "ok" for run in store.runs())
+    assert sum(status == "ok" for status in bench.reported().values()) <= done < cells
     report = bench.finish(plan, batch=50)
     assert len(report.runs) == cells
     # Only cells without a result were started again.
