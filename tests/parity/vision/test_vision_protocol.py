@@ -18,25 +18,6 @@ from methodbench_vision.tasks.localization import pointing, relevance_mass, rele
 pytestmark = pytest.mark.vectors("vision", "vision_protocol")
 
 
-@pytest.fixture
-def net(vectors: Vectors) -> nn.Module:
-    """Two strided convolutions with ReLU, a grid of means, one Linear."""
-    weights = {key.removeprefix("net."): vectors.tensor(key) for key in vectors if key.startswith("net.")}
-    channels, classes = weights["2.weight"].shape[0], weights["6.weight"].shape[0]
-    side = round((weights["6.weight"].shape[1] / channels) ** 0.5)
-    module = nn.Sequential(
-        nn.Conv2d(weights["0.weight"].shape[1], weights["0.weight"].shape[0], 3, stride=2, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(weights["2.weight"].shape[1], channels, 3, stride=2, padding=1),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(side),
-        nn.Flatten(),
-        nn.Linear(channels * side * side, classes),
-    )
-    module.load_state_dict(weights)
-    return module.eval()
-
-
 def test_localization_scores_equal_the_reference(vectors: Vectors, tolerance: float) -> None:
     maps, masks = vectors.tensor("maps", torch.float64), vectors.tensor("masks")
     for score, key in (

@@ -40,4 +40,76 @@ TASKS: list[Task] = [
         data="builtin:procedural-shapes",
         extra="vision",
     ),
+    Task(
+        name="shapes-wsol",
+        kinds=("explainer",),
+        impl="methodbench_vision.tasks.wsol:Localization",
+        summary="Whether a map that is cut at a threshold covers the object: MaxBoxAcc V1 and V2, GT-known "
+        "localization and PxAP on procedural images with exact boxes and masks.",
+        metrics=(
+            Metric(name="max-box-acc-v2", direction="higher", title="MaxBoxAccV2", primary=True),
+            Metric(name="max-box-acc", direction="higher", title="MaxBoxAcc"),
+            Metric(name="gt-known-loc", direction="higher", title="GT-known localization"),
+            Metric(name="pxap", direction="higher", unit="%", title="PxAP", aggregate="single"),
+            Metric(name="piou", direction="higher", title="pooled pixel IoU", aggregate="single"),
+            Metric(name="pointing-object", direction="higher", title="pointing (object)"),
+        ),
+        protocol=1,
+        accepts=("cnn", "vit"),
+        data="builtin:procedural-shapes",
+        extra="vision",
+    ),
+    Task(
+        name="shapes-faithfulness",
+        kinds=("explainer",),
+        impl="methodbench_vision.tasks.perturbation:Faithfulness",
+        summary="ROAD, sparseness and infidelity of maps on procedural images.",
+        metrics=(
+            Metric(name="road", direction="higher", title="ROAD (LeRF - MoRF) / 2", primary=True),
+            Metric(name="sparseness", direction="higher", title="sparseness (Gini)"),
+            Metric(name="infidelity", direction="lower"),
+        ),
+        protocol=1,
+        accepts=("cnn", "vit"),
+        data="builtin:procedural-shapes",
+        extra="vision",
+    ),
+    Task(
+        name="shapes-randomization",
+        kinds=("explainer",),
+        impl="methodbench_vision.tasks.perturbation:Randomization",
+        summary="How alike a map stays while the model's layers are drawn anew from the logits down.",
+        metrics=(
+            Metric(
+                name="map-similarity", direction="lower", title="similarity over the cascade", primary=True
+            ),
+            Metric(name="map-similarity-head", direction="lower", title="similarity, logits drawn anew"),
+            Metric(name="map-similarity-all", direction="lower", title="similarity, all layers drawn anew"),
+        ),
+        protocol=1,
+        accepts=("cnn", "vit"),
+        data="builtin:procedural-shapes",
+        extra="vision",
+    ),
+    *(
+        Task(
+            name=f"{data}-image-probe",
+            kinds=("probe",),
+            impl="methodbench_vision.tasks.probing:ImageProbing",
+            summary=f"What a probe measures of an image classifier on held-out images: {what}.",
+            metrics=(
+                Metric(name="score", direction="higher", title="first number of the probe", primary=True),
+            ),
+            protocol=1,
+            accepts=("cnn", "vit"),
+            data=source,
+            options={"data": data},
+            extra="vision",
+        )
+        for data, what, source in (
+            ("shapes", "procedural shapes", "builtin:procedural-shapes"),
+            ("digits", "digits of scikit-learn", "builtin:scikit-learn/digits"),
+            ("cifar10", "CIFAR-10", "file:{data}/cifar10/test.parquet"),
+        )
+    ),
 ]

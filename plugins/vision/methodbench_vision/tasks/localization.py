@@ -43,17 +43,8 @@ class PointingGame:
         Raises:
             NotApplicableError: the model was not trained on the procedural images.
         """
-        if model is None or model.facts.get("data") != TRAINING_DATA:
-            raise NotApplicableError(
-                f"{model.name if model else 'no model'} was not trained on the procedural images",
-                f"Use a model whose loader sets facts['data'] to {TRAINING_DATA!r}.",
-            )
+        model = fitted(model)
         preprocess = preprocess_of(model)
-        if tuple(preprocess.size) != (SHAPES_SIZE, SHAPES_SIZE):
-            raise NotApplicableError(
-                f"{model.name} takes {preprocess.size} pixels; the masks have {SHAPES_SIZE} x {SHAPES_SIZE}",
-                "Use a model that takes the procedural images as they are.",
-            )
         data = procedural_images(self.image_seed, self.images, split="test")
         inputs = normalize(data.images, preprocess)
         maps, correct, seconds = [], 0, 0.0
@@ -62,7 +53,8 @@ class PointingGame:
             target = data.labels[start : start + self.batch_size].to(x.device)
             with torch.no_grad():
                 correct += int((model.module(x).argmax(1) == target).sum())
-            batch, spent = timed_maps(method, model, x, target)
+            objects = data.objects[start : start + self.batch_size].to(x.device)
+            batch, spent = timed_maps(method, model, x, target, objects)
             maps.append(batch.double().cpu())
             seconds += spent
         saliency = torch.cat(maps)
@@ -82,6 +74,26 @@ class PointingGame:
             },
             throughput=(self.images / seconds, "maps/s"),
         )
+
+
+def fitted(model: LoadedModel | None) -> LoadedModel:
+    """Return the model if it was trained on the procedural images and takes them as they are.
+
+    Raises:
+        NotApplicableError: it was not, or there is none.
+    """
+    if model is None or model.facts.get("data") != TRAINING_DATA:
+        raise NotApplicableError(
+            f"{model.name if model else 'no model'} was not trained on the procedural images",
+            f"Use a model whose loader sets facts['data'] to {TRAINING_DATA!r}.",
+        )
+    size = tuple(preprocess_of(model).size)
+    if size != (SHAPES_SIZE, SHAPES_SIZE):
+        raise NotApplicableError(
+            f"{model.name} takes {size} pixels; the masks have {SHAPES_SIZE} x {SHAPES_SIZE}",
+            "Use a model that takes the procedural images as they are.",
+        )
+    return model
 
 
 def pointing(maps: Tensor, masks: Tensor) -> Tensor:
