@@ -24,7 +24,6 @@ from methodbench_vision.models.digits_vit import build as build_digits_vit
 from methodbench_vision.models.efficientnet import EfficientNetLite0, timm_names
 from methodbench_vision.models.entries import MODELS, model_named
 from methodbench_vision.models.shapes_cnn import ShapesCNN, ShapesNet
-from methodbench_vision.models.shapes_vit import ShapesViT
 from methodbench_vision.models.storage import load_weights, read_checkpoint, save_weights
 from methodbench_vision.models.timm_hub import TimmHub
 from methodbench_vision.models.training import check_accuracy
@@ -37,7 +36,6 @@ LOADERS = {
     "digits_vit": (DigitsViT,),
     "efficientnet": (EfficientNetLite0,),
     "shapes_cnn": (ShapesCNN,),
-    "shapes_vit": (ShapesViT,),
 }
 
 

@@ -17,6 +17,7 @@ released code does not recurse, and is the default. One call explains each class
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -26,6 +27,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from scipy.stats import qmc
 from sklearn.decomposition import NMF
+from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor, nn
 
 from methodbench.errors import NotApplicableError
@@ -185,7 +187,10 @@ def factorize(activations: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor
     ``seed`` decides the randomized decomposition that the factorization starts from.
     """
     reducer = NMF(n_components=rank, random_state=np.random.RandomState(seed))
-    coefficients = reducer.fit_transform(activations.cpu().numpy())
+    with warnings.catch_warnings():
+        # Its 200 iterations are the method's, whether or not they reach the tolerance.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        coefficients = reducer.fit_transform(activations.cpu().numpy())
     found = reducer.components_.astype(np.float32), coefficients.astype(np.float32)
     return torch.from_numpy(found[0]).to(activations), torch.from_numpy(found[1]).to(activations)
 

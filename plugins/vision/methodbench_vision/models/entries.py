@@ -61,15 +61,6 @@ MODELS: list[Model] = [
         extra="vision",
     ),
     Model(
-        name="shapes-vit",
-        kind="vit",
-        source="recipe:shapes-vit",
-        loader=f"{_LOADERS}.shapes_vit:ShapesViT",
-        summary="A ViT of three blocks and width 64, trained here on procedural images with exact masks.",
-        notes="Tells four classes by the stripes on one end of an ellipse; for tasks on procedural images.",
-        extra="vision",
-    ),
-    Model(
         name="vit-tiny-cifar10",
         kind="vit",
         source="file:{models}/vit_tiny_cifar10.safetensors",

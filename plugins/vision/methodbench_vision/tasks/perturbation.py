@@ -15,7 +15,7 @@ does not explain the model.
 from __future__ import annotations
 
 import hashlib
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -186,13 +186,14 @@ def removal_change(
     Args:
         score: from images to scores [B].
         x: images [B, C, H, W].
-        maps: [B, H, W].
+        maps: [B, H, W]; taken in single precision.
         percentile: in (0, 100); 80 removes the top fifth.
         noise: standard deviation of what is added to imputed pixels.
         random: draws the noise.
     """
     changed = []
-    for image, one in zip(x.double().cpu().numpy(), maps.double().cpu().numpy(), strict=True):
+    # In single precision, as the reference: a percentile that falls on a pixel must equal it.
+    for image, one in zip(x.double().cpu().numpy(), maps.float().cpu().numpy(), strict=True):
         missing = one >= np.percentile(one, percentile)
         filled = imputed(image, missing)
         filled[:, missing] += noise * random.standard_normal((len(image), int(missing.sum())))
@@ -274,15 +275,13 @@ def rank_correlation(a: Tensor, b: Tensor) -> np.ndarray:
     return np.divide(product, scale, out=np.zeros(len(product)), where=scale > 0)
 
 
-def _redraw(layer: nn.Module) -> None:
+def _redraw(layer: Any) -> None:
     """Give a layer parameters of its own, drawn as torch initializes them; the shared ones stay."""
     for name, parameter in list(layer.named_parameters(recurse=False)):
         setattr(layer, name, nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad))
     for name, buffer in list(layer.named_buffers(recurse=False)):
         setattr(layer, name, buffer.clone())
-    reset = layer.reset_parameters
-    assert callable(reset)
-    reset()
+    layer.reset_parameters()
 
 
 def _removals(samples: int, cells: int, seed: int) -> Tensor:
