@@ -94,14 +94,12 @@ class Cell:
     rank: Rank | None = None
     unranked: str = ""
     """Why there is no rank."""
+    scored: tuple[Brief, ...] = field(init=False)
+    failed: tuple[Brief, ...] = field(init=False)
 
-    @property
-    def scored(self) -> tuple[Brief, ...]:
-        return tuple(run for run in self.runs if run.status == "ok")
-
-    @property
-    def failed(self) -> tuple[Brief, ...]:
-        return tuple(run for run in self.runs if run.status != "ok")
+    def __post_init__(self) -> None:
+        self.scored = tuple(run for run in self.runs if run.status == "ok")
+        self.failed = tuple(run for run in self.runs if run.status != "ok")
 
     @property
     def run(self) -> Brief:
@@ -111,7 +109,7 @@ class Cell:
     def mean(self, name: str) -> float | None:
         """Return the mean over scored seeds of a numeric field of :class:`Run`; None where none has it."""
         found = [getattr(run, name) for run in self.scored if getattr(run, name) is not None]
-        return float(np.mean(found)) if found else None
+        return math.fsum(found) / len(found) if found else None
 
 
 @dataclass(slots=True)

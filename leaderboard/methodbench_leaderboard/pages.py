@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 import secrets
 import shutil
 from collections import Counter, defaultdict
@@ -69,6 +70,9 @@ PROBE = "probe"
 MOST_SEEDED = 100
 #: Newest runs that the page of all runs lists, and the page of a method.
 MOST_RUNS, MOST_RUNS_OF_METHOD = 500, 100
+
+#: Ids that an address holds as they are.
+_PLAIN_ID = re.compile(r"[A-Za-z0-9]+")
 
 _STATIC = (
     "site.css", "site.js", "run.js", "stats.js", "tables.js", "charts.js", "board.js", "compare.js", "favicon.svg",
@@ -321,9 +325,9 @@ class _Site:
         newest_first = records.frame.reverse()
         run_counts = dict(newest_first.group_by("method").len().iter_rows())
         self._page("methods.html", "methods.html", section="methods", methods=methods, run_counts=run_counts)
+        by_method, none = newest_first.partition_by("method", as_dict=True), newest_first.clear()
         for name, entry in methods.items():
-            of_method = newest_first.filter(pl.col("method") == name)
-            self._method_page(name, entry, of_method, boards)
+            self._method_page(name, entry, by_method.get((name,), none), boards)
         self._task_pages(boards)
         self._model_pages(boards)
         self._coverage_pages()
@@ -352,7 +356,7 @@ class _Site:
 
     def _run_path(self, run_id: str) -> str:
         if self.sharded:
-            return f"run.html#{quote(run_id, safe='')}"
+            return f"run.html#{run_id if _PLAIN_ID.fullmatch(run_id) else quote(run_id, safe='')}"
         return f"runs/{formats.run_slug(run_id)}.html"
 
     def _page(self, path: str, template: str, **values: Any) -> bytes:

@@ -15,7 +15,6 @@ import numpy as np
 import polars as pl
 from sqlalchemy import JSON, Row, Table, Text, select, type_coerce
 
-from methodbench.provenance import canonical_json
 from methodbench.store import MetricValue, Run, Series, Store, Witness
 
 #: Runs whose metrics, curves or details are asked for at once.
@@ -192,7 +191,7 @@ class Records:
         found: dict[str, list[Any]] = {}
         with self._store.engine.connect() as connection:
             for some in _chunks(list(dict.fromkeys(run_ids))):
-                for row in connection.execute(select(table).where(table.c.run_id.in_(some))):
+                for row in connection.execute(select(table).where(table.c.run_id.in_(some))).all():
                     found.setdefault(row.run_id, []).append(cls.model_construct(**row._mapping))
         return {run_id: sorted(rows, key=order) for run_id, rows in found.items()}
 
@@ -213,9 +212,7 @@ class Records:
         schema: dict[str, Any] = {described[name]: _METRIC_TYPES.get(name, pl.String) for name in names}
         metrics = pl.DataFrame([tuple(row) for row in rows], schema=schema, orient="row")
         if scores:
-            metrics = metrics.with_columns(
-                pl.col("scores").map_elements(_as_list, return_dtype=pl.List(pl.Float64))
-            )
+            metrics = metrics.with_columns(_as_lists(metrics["scores"]))
         runs = self.frame.drop(*METRIC_FIELDS, *_VALUE_FIELDS).rename(
             {"params_json": "params", "task_params_json": "task_params"}
         )
@@ -238,13 +235,11 @@ class Records:
             for some in _chunks(run_ids):
                 metrics: dict[str, list[dict[str, Any]]] = {}
                 query = select(_METRIC.c.run_id, *(_METRIC.c[name] for name in fields))
-                for row in connection.execute(
-                    query.where(_METRIC.c.run_id.in_(some)).order_by(_METRIC.c.name)
-                ):
-                    metrics.setdefault(row.run_id, []).append(dict(zip(fields, row[1:], strict=True)))
-                rows = {
-                    row.id: row for row in connection.execute(select(*columns).where(_RUN.c.id.in_(some)))
-                }
+                chosen = query.where(_METRIC.c.run_id.in_(some)).order_by(_METRIC.c.name)
+                for row in connection.execute(chosen).all():
+                    metrics.setdefault(row[0], []).append(dict(zip(fields, row[1:], strict=True)))
+                found = connection.execute(select(*columns).where(_RUN.c.id.in_(some))).all()
+                rows = {row.id: row for row in found}
                 for run_id in some:
                     said = {**rows[run_id]._asdict(), "stale": self.stale.get(run_id)}
                     if run_id in self.witnesses:
@@ -259,8 +254,22 @@ _METRIC_TYPES: dict[str, Any] = {
 }  # fmt: skip
 
 
-def _as_list(scores: bytes) -> list[float]:
-    return np.frombuffer(scores, dtype="<f8").tolist()
+_STRICT = json.JSONEncoder(allow_nan=False)
+
+
+def _as_lists(packed: pl.Series) -> pl.Series:
+    """Return the scores of each row as a list; all rows at once, since there are millions of scores."""
+    texts = packed.to_list()
+    values = np.frombuffer(b"".join(texts), dtype="<f8")
+    rows = np.repeat(np.arange(len(texts), dtype=np.uint32), [len(text) // 8 for text in texts])
+    lists = pl.DataFrame({"row": rows, "scores": values}).group_by("row", maintain_order=True).agg("scores")
+    places = pl.DataFrame({"row": np.arange(len(texts), dtype=np.uint32)})
+    empty = pl.lit([], dtype=pl.List(pl.Float64))
+    return (
+        places.join(lists, on="row", how="left", maintain_order="left")["scores"]
+        .to_frame()
+        .select(pl.col("scores").fill_null(empty))["scores"]
+    )
 
 
 def _document(row: dict[str, Any], json_names: Sequence[str], metrics: list[dict[str, Any]]) -> str:
@@ -269,7 +278,7 @@ def _document(row: dict[str, Any], json_names: Sequence[str], metrics: list[dict
     row["started_at"] = utc(row["started_at"]).isoformat()
     row["metrics"] = metrics
     try:
-        parts = [json.dumps(row, allow_nan=False)[1:-1]]
+        parts = [_STRICT.encode(row)[1:-1]]
     except ValueError:
         parts = [json.dumps(_finite(row))[1:-1]]
     for name, text in texts.items():
@@ -344,16 +353,15 @@ def _digest(store: Store) -> tuple[str, dict[str, str]]:
                 unsealed.append(run_id)
         for some in _chunks(unsealed):
             for table, key in ((_RUN, _RUN.c.id), (_METRIC, _METRIC.c.run_id), (_SERIES, _SERIES.c.run_id)):
-                for row in connection.execute(
-                    select(table).where(key.in_(some)).order_by(*table.primary_key)
-                ):
-                    hasher.update(canonical_json([_plain(value) for value in row]).encode())
+                columns = [type_coerce(c, Text) if isinstance(c.type, JSON) else c for c in table.c]
+                query = select(*columns).where(key.in_(some)).order_by(*table.primary_key)
+                for row in connection.execute(query).all():
+                    hasher.update(repr([_plain(value) for value in row]).encode("utf-8", "surrogatepass"))
     return hasher.hexdigest(), seals
 
 
 def _plain(value: Any) -> Any:
+    """Return a value of a column as something whose ``repr`` is the same everywhere."""
     if isinstance(value, bytes):
         return hashlib.sha256(value).hexdigest()
-    if isinstance(value, datetime):
-        return utc(value).isoformat()
-    return repr(value)
+    return utc(value).isoformat() if isinstance(value, datetime) else value
