@@ -194,7 +194,7 @@
     if (pinned) svg.append(drawing("line", { class: "ref", x1: x(pinned.value), x2: x(pinned.value), y1: 10, y2: height - 36 }));
     items.forEach((item, place) => {
       const y = 24 + 22 * place, base = item.baseline ? " base" : "";
-      svg.append(name(item.label, 28, { class: "name end", x: left - 10, y: y + 4 }),
+      svg.append(name(item.label, 26, { class: "name end", x: left - 10, y: y + 4 }),
         drawing("line", { class: "rail", x1: left, x2: right, y1: y, y2: y }));
       if (!Number.isFinite(item.value)) {
         svg.append(drawing("text", { class: "tick", x: left + 4, y: y - 2 }, number(item.value)));
