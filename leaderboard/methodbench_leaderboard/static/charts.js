@@ -295,7 +295,7 @@
     const top = 20 + 0.72 * CHARACTER * Math.min(24, Math.max(...columns.map((column) => column.name.length)));
     const reach = 0.72 * CHARACTER * Math.min(24, columns[columns.length - 1].name.length);
     const whole = left + width * columns.length + Math.max(8, reach - width / 2);
-    const svg = picture("img", whole, top + height * shown.length + 4, "Methods by tasks",
+    const svg = picture("group", whole, top + height * shown.length + 4, "Methods by tasks",
       "Values of " + shown.length + " configurations on " + columns.length + " tasks, as in the table above.", { class: "chart heat", width: whole });
     columns.forEach((column, c) => svg.append(name(column.name, 24, {
       transform: "translate(" + (left + width * (c + 0.5) - 6) + " " + (top - 6) + ") rotate(-40)" })));
