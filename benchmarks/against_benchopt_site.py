@@ -145,9 +145,6 @@ def main() -> int:
     options = parser(__doc__ or "")
     add_benchopt(options)
     given = options.parse_args()
-    benchopt = benchopt_of(given)
-    if benchopt is None:
-        return 0
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     python = benchopt_of(given)
     if python is None:
