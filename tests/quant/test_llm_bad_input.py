@@ -27,7 +27,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "lorc": {"bits": 4, "group_size": 16, "rank": 2},
     "adadim": {"bits": 4, "group_size": 16},
     "dgq-llm": {"bits": 4, "group_size": 16},
-    "llm-fp4": {"candidates": 10, "rounds": 1},
+    "llm-fp4": {"candidates": 10, "rounds": 1, "head_and_embedding": False},
 }
 ENTRIES = [entry for entry in METHODS if entry.name in OPTIONS]
 CALIBRATED = [entry for entry in ENTRIES if entry.name not in ("rtn", "lorc")]

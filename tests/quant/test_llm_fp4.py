@@ -13,6 +13,7 @@ from methodbench.context import Context
 from methodbench.errors import ParameterError
 from methodbench.params import build
 from methodbench.torchkit.activations import StaticQuantizer
+from methodbench.torchkit.floats import FloatFormat, FloatGrid
 from methodbench.torchkit.model import Calibration, LoadedModel
 from methodbench.torchkit.packed import PackedFloat
 from methodbench_quant.llm.llm_fp4 import LLMFP4, effective_bias
@@ -22,7 +23,8 @@ Error = Callable[[LoadedModel, LoadedModel], float]
 
 
 def compressed(model: LoadedModel, data: Calibration, **options: object) -> LoadedModel:
-    return build(LLMFP4, {"candidates": 25, **options}, "llm-fp4").compress(model, data, Context())
+    options = {"candidates": 25, "head_and_embedding": False, **options}
+    return build(LLMFP4, options, "llm-fp4").compress(model, data, Context())
 
 
 @pytest.mark.parametrize("name", ["llama", "opt"])
@@ -67,6 +69,57 @@ def test_offsets_are_integers_that_fit_the_exponent(seed: int, exponent: int, rh
 def test_channels_of_equal_range_have_no_offsets() -> None:
     rho = torch.tensor(1.3)
     assert torch.equal(effective_bias(torch.full((8,), 1.3), rho, rho, 2), rho.expand(8))
+
+
+def test_head_and_embedding_are_quantized_and_part_ways(tiny: Tiny, tokens: Calibration) -> None:
+    model = tiny("llama")
+    result = compressed(model, tokens, rounds=1, head_and_embedding=True)
+    embedding, head = result.adapter.embedding(result.module), result.adapter.head(result.module)
+    assert embedding is not None
+    assert isinstance(head, PackedFloat)
+    assert isinstance(head.input_quantizer, StaticQuantizer)
+    values = embedding.weight.abs().unique()
+    assert len(values) <= 8
+    dense = model.adapter.embedding(model.module)
+    assert dense is not None
+    assert float(values[-1]) == pytest.approx(float(dense.weight.abs().max()), rel=1e-5)
+    # One grid for each row of the head, where the embedding has one in all.
+    assert len(head.dequantize().abs().unique()) > 8
+    assert result.facts["embedding"] == "e2m1, simulated"
+
+
+def test_the_published_slip_adds_a_level_and_its_storage_a_bit(tiny: Tiny, tokens: Calibration) -> None:
+    model = tiny("llama")
+    repaired, published = (
+        compressed(model, tokens, rounds=1, variant="minmax", authors_compat=slip) for slip in (False, True)
+    )
+    for name, layer in published.adapter.targets(published.module).items():
+        before = repaired.adapter.targets(repaired.module)[name]
+        assert isinstance(layer, PackedFloat)
+        assert isinstance(before, PackedFloat)
+        assert (before.number.name, layer.number.name) == ("e2m1", "e3m1")
+        row = layer.dequantize()[0].abs()
+        # Both take the largest weight for their top level: 1.5 in units of a power of two, or 2.
+        dense = model.module.get_submodule(name).weight[0].abs()
+        assert float(row.max()) == pytest.approx(float(dense.max()), rel=2e-3)
+        assert len(row.unique()) <= 9
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    exponent=st.integers(1, 3),
+    mantissa=st.integers(0, 3),
+    bias=st.floats(-6, 6),
+)
+def test_widened_storage_keeps_every_level(seed: int, exponent: int, mantissa: int, bias: float) -> None:
+    form = FloatFormat(exponent, mantissa)
+    grid = FloatGrid.from_bias(torch.tensor(bias), form, extra_level=True)
+    x = torch.randn(200, generator=torch.Generator().manual_seed(seed)) * grid.scale * 2
+    snapped, wide = grid.snap(x), grid.widened()
+    torch.testing.assert_close(grid.decode(grid.encode(x)), snapped, rtol=1e-6, atol=0)
+    torch.testing.assert_close(wide.decode(wide.encode(snapped)), snapped, rtol=1e-6, atol=0)
+    assert float(snapped.abs().max()) <= grid.top * float(grid.scale) * (1 + 1e-6)
 
 
 @pytest.mark.parametrize("options", [{"bits": 8}, {"rounds": 0}, {"variant": "int"}])

@@ -91,13 +91,14 @@ class StaticQuantizer(nn.Module):
         self.register_buffer("scale", grid.scale)
         self.register_buffer("zero", grid.zero if isinstance(grid, UniformGrid) else None)
         self.format = grid.format if isinstance(grid, FloatGrid) else None
+        self.extra_level = grid.extra_level if isinstance(grid, FloatGrid) else False
         self.range = (grid.low, grid.high) if isinstance(grid, UniformGrid) else (0, 0)
 
     @property
     def grid(self) -> UniformGrid | FloatGrid:
         """The grid with the tensors that the module holds at this moment."""
         if self.format is not None:
-            return FloatGrid(self.scale, self.format)
+            return FloatGrid(self.scale, self.format, self.extra_level)
         return UniformGrid(self.scale, self.zero, *self.range)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -89,15 +89,23 @@ class FloatGrid:
     """The levels of ``format`` times ``scale``; codes carry the sign: ``-(2^(E+M) - 1)`` to ``2^(E+M) - 1``.
 
     ``scale`` broadcasts over the values of its group. It may be any positive number: the bias is real.
+    ``extra_level`` adds the level ``2 scale`` of code ``2^(E+M)`` above the others, which the bits of the format
+    cannot hold; without mantissa bits it adds nothing.
     """
 
     scale: Tensor
     format: FloatFormat
+    extra_level: bool = False
 
     @classmethod
-    def from_bias(cls, bias: Tensor, format: FloatFormat) -> FloatGrid:
+    def from_bias(cls, bias: Tensor, format: FloatFormat, *, extra_level: bool = False) -> FloatGrid:
         """Return the grid of the exponent bias ``B``, of any shape that broadcasts over the values."""
-        return cls(torch.exp2(2**format.exponent - 1 - bias), format)
+        return cls(torch.exp2(2**format.exponent - 1 - bias), format, extra_level)
+
+    @property
+    def top(self) -> float:
+        """The largest level, in units of the scale."""
+        return 2.0 if self.extra_level and self.format.mantissa else self.format.top
 
     @property
     def bias(self) -> Tensor:
@@ -113,16 +121,27 @@ class FloatGrid:
 
     def decode(self, codes: Tensor) -> Tensor:
         """Return the levels of signed ``codes`` in the dtype of ``scale``."""
-        levels = self.format.levels().to(self.scale)
+        levels = self.format.levels()
+        if self.top > self.format.top:
+            levels = torch.cat([levels, levels.new_tensor([self.top])])
+        levels = levels.to(self.scale)
         return levels[codes.abs().long()].mul_(torch.sign(codes).to(self.scale)) * self.scale
 
     def snap(self, x: Tensor) -> Tensor:
         """Return the nearest level of every entry of ``x``, in its dtype; ties go to the even mantissa."""
         return self._levels_of(x).mul_(self.scale).to(x.dtype)
 
+    def widened(self) -> FloatGrid:
+        """Return a grid of one more exponent bit that has all levels of this one, the extra one included.
+
+        Raises:
+            ValueError: the format has 5 exponent bits or 8 bits in all already.
+        """
+        return FloatGrid(2 * self.scale, FloatFormat(self.format.exponent + 1, self.format.mantissa))
+
     def pass_through(self, x: Tensor) -> Tensor:
         """Return :meth:`snap` of ``x`` with straight-through gradients for ``x`` and ``scale``."""
-        y = clamp_ste(x / self.scale, -self.format.top, self.format.top)
+        y = clamp_ste(x / self.scale, -self.top, self.top)
         with torch.no_grad():
             levels = self._levels_of(x)
         return (y + (levels - y).detach()) * self.scale
@@ -139,7 +158,7 @@ class FloatGrid:
         Half precision is widened: its subnormals would lose the smallest levels.
         """
         wide = torch.promote_types(x.dtype, torch.float32)
-        y = torch.div(x.to(wide), self.scale.to(wide)).clamp_(-self.format.top, self.format.top)
+        y = torch.div(x.to(wide), self.scale.to(wide)).clamp_(-self.top, self.top)
         # frexp has its mantissa in [1/2, 1): one less is the exponent of 1.m; it is exact where log2 is not.
         exponent = torch.frexp(y).exponent.sub_(1).clamp_(min=self.format.lowest_exponent)
         return y, exponent
