@@ -289,3 +289,11 @@ def test_one_scale_for_the_whole_weight_is_stored_once(symmetric: bool) -> None:
 def test_a_format_that_is_not_known_is_named() -> None:
     with pytest.raises(MethodbenchError, match="layer 0 is stored as morse; known formats: integer, float"):
         rebuild(nn.Sequential(nn.Linear(2, 2)), {"0": {"format": "morse"}})
+
+
+def test_conversion_and_back_leaves_scales_as_they_were() -> None:
+    layer = packed(linear())
+    before, weight = layer.scale.clone(), layer.dequantize()
+    layer.to(torch.bfloat16).to(torch.float32)
+    assert torch.equal(layer.scale, before)
+    assert torch.equal(layer.dequantize(), weight)

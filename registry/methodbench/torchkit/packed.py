@@ -212,12 +212,12 @@ class PackedLayer(nn.Module):
         return self._dense is not None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        kept = {
-            name: buffer.dtype for name, buffer in self.named_buffers(recurse=False) if name in self.exact
-        }
+        kept = {name: buffer for name, buffer in self.named_buffers(recurse=False) if name in self.exact}
         super()._apply(fn, recurse)
-        for name, dtype in kept.items():
-            setattr(self, name, self.get_buffer(name).to(dtype))
+        for name, buffer in kept.items():
+            # The way through a narrower type would cost digits, so the values are those from before.
+            moved = self.get_buffer(name)
+            setattr(self, name, moved.to(buffer.dtype) if buffer.is_meta else buffer.to(moved.device))
         if self._dense is not None:
             self._dense = fn(self._dense)
         return self

@@ -30,10 +30,18 @@ from methodbench.params import hyperparameters
 from methodbench.torchkit.activations import quantize_inputs
 from methodbench.torchkit.attention import Operand, transform_operands
 from methodbench.torchkit.model import Calibration, LoadedModel, set_weight
-from methodbench.torchkit.quantizers import Factor, Quantized, UniformGrid, groups_of, on_grid, require_finite
+from methodbench.torchkit.quantizers import Factor, Quantized, UniformGrid, groups_of, on_grid
 from methodbench.torchkit.reconstruction import Window, fit, windows
 from methodbench.torchkit.sequential import BlockStep, Observer
-from methodbench_quant.llm.layers import finished, open_copy, replace_linear, weight_of
+from methodbench_quant.llm.layers import (
+    check_calibration,
+    finished,
+    in_dtype,
+    open_copy,
+    replace_linear,
+    single_precision,
+    weight_of,
+)
 from methodbench_quant.llm.settings import check_group_size
 
 #: Magnitude below which a learned scale is not used.
@@ -87,10 +95,11 @@ class ABQLLM:
                 layer's width is no multiple of ``group_size``.
             DivergedError: weights or losses are not finite.
         """
+        model, dtype = single_precision(model)
         result, teacher, student = open_copy(model), open_copy(model), open_copy(model)
+        check_calibration(result, data, ctx)
         for name, layer in result.adapter.targets(result.module).items():
             groups_of(weight_of(layer), self.group_size, name)
-            require_finite(weight_of(layer), name)
         transform_operands(teacher, lambda _: {})
         if self.a_bits < 16:
             quantize_inputs(student, lambda _: self._quantizer())
@@ -113,7 +122,7 @@ class ABQLLM:
             quantize_inputs(result, lambda _: self._quantizer())
             transform_operands(result, lambda _: self._operand_quantizers())
             facts["activations"] = f"{self.a_bits} bits, simulated"
-        return finished(result, facts)
+        return in_dtype(finished(result, facts), dtype)
 
     def start(self, student: LoadedModel, window: Window, seen: Seen, *, compensated: bool) -> Learned:
         """Return what is learned of one block, at its first values."""

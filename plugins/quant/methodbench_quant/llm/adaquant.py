@@ -35,7 +35,7 @@ from methodbench.torchkit.model import Calibration, LoadedModel, set_submodule
 from methodbench.torchkit.packed import materialized
 from methodbench.torchkit.quantizers import Quantized, UniformGrid, round_ste
 from methodbench.torchkit.sequential import BlockStep, walk
-from methodbench_quant.llm.layers import finished, open_copy, replace_linear, weight_of
+from methodbench_quant.llm.layers import check_calibration, finished, open_copy, replace_linear, weight_of
 
 #: Limits of a range (the authors' constants).
 _LEAST_RANGE, _MOST_RANGE = 1e-6, 1e5
@@ -94,6 +94,7 @@ class AdaQuant:
             DivergedError: weights or calibration activations are not finite.
         """
         dense, model = open_copy(model), open_copy(model)
+        check_calibration(model, data, ctx)
         names = list(model.adapter.targets(model.module))
         bits: dict[str, int] = dict.fromkeys(names, self.bits)
         facts: dict[str, object] = {}

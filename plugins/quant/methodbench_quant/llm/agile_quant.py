@@ -93,7 +93,7 @@ class AgileQuant:
             DivergedError: weights or calibration activations are not finite.
         """
         if not len(data):
-            raise NotApplicableError("activation grids need calibration inputs, and there are none")
+            raise NotApplicableError("calibration of activation grids needs inputs, and there are none")
         dense = model
         model = open_copy(model)
         if self.bits < _FLOAT_BITS:

@@ -30,7 +30,7 @@ from methodbench.errors import DivergedError
 from methodbench.params import hyperparameters
 from methodbench.torchkit.adapters import ScaleGroup
 from methodbench.torchkit.model import Calibration, LoadedModel
-from methodbench.torchkit.quantizers import find_grid, groups_of, quantize, require_finite
+from methodbench.torchkit.quantizers import find_grid, groups_of, quantize
 from methodbench.torchkit.sequential import walk
 from methodbench_quant.llm.calls import Recorder, count, output_of, sample_tokens, squared_error, subset
 from methodbench_quant.llm.layers import apply_scale, finished, open_copy, replace_linear, weight_of
@@ -81,7 +81,6 @@ class AWQ(ActivationSettings):
         """
         model = open_copy(model)
         for name, layer in model.adapter.targets(model.module).items():
-            require_finite(weight_of(layer), name)
             groups_of(weight_of(layer), self.group_size, name)
         ratios: dict[str, float] = {}
         unseen: list[str] = []

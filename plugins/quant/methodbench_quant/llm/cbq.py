@@ -29,11 +29,19 @@ from methodbench.context import Context
 from methodbench.params import hyperparameters
 from methodbench.torchkit.activations import quantize_inputs
 from methodbench.torchkit.model import Calibration, LoadedModel, set_weight
-from methodbench.torchkit.quantizers import Quantized, groups_of, require_finite, round_ste
+from methodbench.torchkit.quantizers import Quantized, groups_of, round_ste
 from methodbench.torchkit.reconstruction import Window, fit, windows
 from methodbench.torchkit.sequential import Observer, walk
 from methodbench_quant.llm.awq import apply_scale
-from methodbench_quant.llm.layers import finished, open_copy, replace_linear, weight_of
+from methodbench_quant.llm.layers import (
+    check_calibration,
+    finished,
+    in_dtype,
+    open_copy,
+    replace_linear,
+    single_precision,
+    weight_of,
+)
 from methodbench_quant.llm.settings import check_group_size
 
 #: Stretch of the sigmoid, so that the rounding reaches 0 and 1.
@@ -94,10 +102,11 @@ class CBQ:
             NotApplicableError: no calibration inputs; a layer's width is no multiple of ``group_size``.
             DivergedError: weights or losses are not finite.
         """
+        model, dtype = single_precision(model)
         teacher, result = open_copy(model), open_copy(model)
+        check_calibration(result, data, ctx)
         for name, layer in result.adapter.targets(result.module).items():
             groups_of(weight_of(layer), self.group_size, name)
-            require_finite(weight_of(layer), name)
         with ctx.phase("outliers"):
             facts: dict[str, Any] = self.treat_outliers(result, teacher, data)
         student = result.clone()
@@ -132,7 +141,7 @@ class CBQ:
             }
             quantize_inputs(result, lambda name: StepQuantizer(self.a_bits, steps[name]))
             facts["activations"] = f"{self.a_bits} bits, simulated"
-        return finished(result, {"losses": losses, **facts})
+        return in_dtype(finished(result, {"losses": losses, **facts}), dtype)
 
     def treat_outliers(self, model: LoadedModel, dense: LoadedModel, data: Calibration) -> dict[str, Any]:
         """Scale activation channels and cut weights of ``model`` in place (CFP); returns how many of each."""

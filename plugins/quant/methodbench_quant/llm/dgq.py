@@ -25,7 +25,7 @@ from methodbench.params import hyperparameters
 from methodbench.torchkit.activations import quantize_inputs
 from methodbench.torchkit.attention import transform_operands
 from methodbench.torchkit.model import Calibration, LoadedModel
-from methodbench.torchkit.quantizers import Quantized, UniformGrid, groups_of, require_finite
+from methodbench.torchkit.quantizers import Quantized, UniformGrid, groups_of
 from methodbench.torchkit.sequential import Observer, walk
 from methodbench_quant.llm.calls import ChannelRanges, require_finite_inputs, squared_error
 from methodbench_quant.llm.layers import (
@@ -82,7 +82,6 @@ class DGQ(ActivationSettings):
         model = open_copy(model)
         check_calibration(model, data, ctx)
         for name, layer in model.adapter.targets(model.module).items():
-            require_finite(weight_of(layer), name)
             groups_of(weight_of(layer), self.group_size, name)
         operands: dict[str, list[StaticOperand]] = {}
         if self.quantize_operands:

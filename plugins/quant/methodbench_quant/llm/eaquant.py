@@ -34,7 +34,7 @@ from methodbench.torchkit.attention import transform_operands
 from methodbench.torchkit.model import Calibration, LoadedModel, set_submodule, set_weight
 from methodbench.torchkit.quantizers import Quantized, UniformGrid
 from methodbench.torchkit.sequential import BlockStep, walk
-from methodbench_quant.llm.layers import finished, open_copy, replace_linear, weight_of
+from methodbench_quant.llm.layers import check_calibration, finished, open_copy, replace_linear, weight_of
 
 Merge = Literal["max", "sum1", "sum2_0", "sum2_1", "sum2_2", "sum2_3", "sum3", "all", "all-weights"]
 Criterion = Literal["weight", "output", "router", "output-router"]
@@ -126,6 +126,7 @@ class EAQuant:
                 f"{model.name} has no router of experts", "EAQuant is for mixtures of experts."
             )
         self._check_widths(model)
+        check_calibration(model, data, ctx)
         generator = torch.Generator().manual_seed(ctx.seed)
         report = _Report()
         for step in walk(model, data, propagate="dense", batch_size=1):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from typing import Any
 
 import torch
@@ -11,24 +13,47 @@ from methodbench.context import Context
 from methodbench.errors import NotApplicableError
 from methodbench.torchkit.adapters import ScaleGroup, unfuse_experts
 from methodbench.torchkit.model import Calibration, LoadedModel, set_submodule, set_weight
-from methodbench.torchkit.packed import PackedLayer, dense_linear, pack_linear
+from methodbench.torchkit.packed import PackedLayer, dense_linear, pack_linear, packed_layers
+from methodbench.torchkit.quantizers import require_finite
 from methodbench.torchkit.size import bits_per_weight
 
 
 def open_copy(model: LoadedModel) -> LoadedModel:
-    """Return a clone of ``model`` with experts as Linears of their own, every target checked to be dense.
+    """Return a clone of ``model`` with experts as Linears of their own, every target checked to be dense and finite.
 
     Raises:
         NotApplicableError: the blocks hold no Linear, or a layer that is quantized already.
+        DivergedError: a weight holds NaN or infinity; names the layer.
     """
-    copy = model.clone()
-    unfuse_experts(copy.module)
-    targets = copy.adapter.targets(copy.module)
+    opened = model.clone()
+    unfuse_experts(opened.module)
+    targets = opened.adapter.targets(opened.module)
     if not targets:
         raise NotApplicableError(f"{model.name} has no Linear in its blocks to quantize")
     for name, layer in targets.items():
-        dense_linear(layer, name)
-    return copy
+        require_finite(weight_of(dense_linear(layer, name)), name)
+    return opened
+
+
+def single_precision(model: LoadedModel) -> tuple[LoadedModel, torch.dtype]:
+    """Return ``model``, in fp32 for methods that learn, and the dtype that :func:`in_dtype` takes the result back to.
+
+    A model in half precision is copied; any other is returned as it is.
+    """
+    dtype = next(p.dtype for p in model.module.parameters() if p.is_floating_point())
+    if dtype not in (torch.float16, torch.bfloat16):
+        return model, dtype
+    return dataclasses.replace(
+        model, module=copy.deepcopy(model.module).float(), facts=dict(model.facts)
+    ), dtype
+
+
+def in_dtype(model: LoadedModel, dtype: torch.dtype) -> LoadedModel:
+    """Convert ``model``, which the caller owns, to ``dtype``; what packed layers store of a weight stays."""
+    model.module.to(dtype)
+    for layer in packed_layers(model.module).values():
+        layer.dtype = dtype
+    return model
 
 
 def weight_of(layer: nn.Module) -> Tensor:

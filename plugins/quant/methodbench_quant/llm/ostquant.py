@@ -59,7 +59,15 @@ from methodbench.torchkit.rotation import (
     rotate_online,
 )
 from methodbench_quant.llm.gptq import GPTQ
-from methodbench_quant.llm.layers import finished, open_copy, replace_linear, weight_of
+from methodbench_quant.llm.layers import (
+    check_calibration,
+    finished,
+    in_dtype,
+    open_copy,
+    replace_linear,
+    single_precision,
+    weight_of,
+)
 from methodbench_quant.llm.settings import check_group_size
 
 Bits = Annotated[int, Field(ge=2, le=16)]
@@ -128,8 +136,12 @@ class OSTQuant:
             DivergedError: weights, activations or losses are not finite.
         """
         if self.steps and not len(data):
-            raise NotApplicableError("ostquant learns from calibration inputs, and there are none")
+            raise NotApplicableError("learning needs inputs for calibration, and there are none")
+        model, dtype = single_precision(model)
         model = open_copy(model)
+        if self.steps and (self.w_bits == 16 or self.w_rounding == "rtn"):
+            # GPTQ looks after this itself.
+            check_calibration(model, data, ctx)
         stream = residual_stream(model)
         probe_logits(model)
         sites = [site_of(model, index) for index in range(len(stream.branches))]
@@ -164,7 +176,7 @@ class OSTQuant:
             transform_operands(model, lambda _: self._cache_transforms(sites[0].head_dim))
             facts["keys and values"] = f"{self.kv_bits} bits, simulated"
         model.facts.update(facts)
-        return model
+        return in_dtype(model, dtype)
 
     def start(self, stream: ResidualStream, sites: list[Site], generator: torch.Generator) -> Learned:
         """Return the transformations at their first values; norms must be folded."""

@@ -35,7 +35,7 @@ from methodbench.torchkit.binary_coded import BinaryCoded, rotations_of
 from methodbench.torchkit.model import Calibration, LoadedModel
 from methodbench.torchkit.sequential import walk
 from methodbench_quant.llm.gptq import inverse_factor, observe_hessians
-from methodbench_quant.llm.layers import finished, open_copy, replace_linear, weight_of
+from methodbench_quant.llm.layers import check_calibration, finished, open_copy, replace_linear, weight_of
 
 #: Columns that share scales in ``lat`` mode, and parts that the rows are cut into.
 _LAT_COLUMNS = 8
@@ -90,6 +90,7 @@ class ShiftAddLLM:
             DivergedError: weights or calibration activations are not finite.
         """
         model = open_copy(model)
+        check_calibration(model, data, ctx)
         for name, layer in model.adapter.targets(model.module).items():
             self._row_block(tuple(weight_of(layer).shape), name)
         with ctx.phase("allocation"):
