@@ -8,7 +8,9 @@ import pytest
 from torch import Tensor
 
 from methodbench.context import Context
+from methodbench.errors import NotApplicableError
 from methodbench.torchkit.model import Calibration, LoadedModel
+from methodbench.torchkit.size import bits_per_weight, tensor_bytes
 from methodbench_quant.llm.awq import AWQ
 from methodbench_quant.llm.gptq import GPTQ
 from methodbench_quant.llm.lorc import LoRC
@@ -60,3 +62,25 @@ def test_low_rank_compensation_beats_rounding_at_three_bits(
     nearest = RTN(bits=3).compress(smollm2, Calibration.none(), ctx)
     result = LoRC(bits=3, group_size=-1, rank=8).compress(smollm2, Calibration.none(), ctx)
     assert perplexity(result) < 0.9 * perplexity(nearest)
+
+
+@pytest.mark.parametrize("group_size", [-1, 192, 96, 64, 32])
+def test_four_bits_take_what_arithmetic_says(smollm2: LoadedModel, group_size: int) -> None:
+    result = RTN(bits=4, group_size=group_size).compress(smollm2, Calibration.none(), Context())
+    shapes = [layer.weight.shape for layer in smollm2.adapter.targets(smollm2.module).values()]
+    count = sum(shape.numel() for shape in shapes)
+    grids = sum(shape.numel() // (shape[1] if group_size == -1 else group_size) for shape in shapes)
+    # Four bits a weight; a scale of two bytes and a zero point of four bits for each group.
+    least = count / 2 + grids * 2.5
+    stored = tensor_bytes(result.module) - (tensor_bytes(smollm2.module) - 4 * count)
+    assert least <= stored <= 1.02 * least
+    assert bits_per_weight(result) == pytest.approx(8 * stored / count, rel=1e-6)
+
+
+@pytest.mark.parametrize("method", [RTN, GPTQ, AWQ])
+def test_groups_of_128_are_refused_by_name(
+    smollm2: LoadedModel, windows: Windows, method: type[RTN] | type[GPTQ] | type[AWQ]
+) -> None:
+    data = Calibration(windows("valid", 1))
+    with pytest.raises(NotApplicableError, match=r"layers\.0\..*576 input columns.* 128"):
+        method(bits=4, group_size=128).compress(smollm2, data, Context())
