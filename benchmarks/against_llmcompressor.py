@@ -211,6 +211,8 @@ def ours(method: str, module: Any, tokens: Any) -> Any:
 
 def peer(method: str, module: Any, tokens: Any) -> Any:
     """Return what quantizes ``module`` with llm-compressor."""
+    import tokenizers
+    import transformers
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
     from llmcompressor import oneshot
     from llmcompressor.modifiers.gptq import GPTQModifier
@@ -231,7 +233,16 @@ def peer(method: str, module: Any, tokens: Any) -> Any:
     }
     batches = DataLoader([{"input_ids": row} for row in tokens], batch_size=1)
     recipe = recipes[method]()
-    return lambda: oneshot(model=module, dataset=batches, recipe=recipe, num_calibration_samples=len(tokens))
+    # It asks for a tokenizer beside inputs that are tokens already.
+    words = tokenizers.models.WordLevel({"?": 0}, unk_token="?")
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(words))
+    return lambda: oneshot(
+        model=module,
+        tokenizer=tokenizer,
+        dataset=batches,
+        recipe=recipe,
+        num_calibration_samples=len(tokens),
+    )
 
 
 if __name__ == "__main__":
