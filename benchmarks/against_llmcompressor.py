@@ -212,6 +212,7 @@ def ours(method: str, module: Any, tokens: Any) -> Any:
 def peer(method: str, module: Any, tokens: Any) -> Any:
     """Return what quantizes ``module`` with llm-compressor."""
     import tokenizers
+    import torch
     import transformers
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
     from llmcompressor import oneshot
@@ -219,6 +220,7 @@ def peer(method: str, module: Any, tokens: Any) -> Any:
     from llmcompressor.modifiers.quantization import QuantizationModifier
     from llmcompressor.modifiers.transform.awq import AWQModifier
     from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
+    from llmcompressor.pipelines.cache import IntermediatesCache
     from torch.utils.data import DataLoader
 
     weights = QuantizationArgs(num_bits=BITS, symmetric=False, strategy="group", group_size=GROUP_SIZE)
@@ -233,6 +235,9 @@ def peer(method: str, module: Any, tokens: Any) -> Any:
     }
     batches = DataLoader([{"input_ids": row} for row in tokens], batch_size=1)
     recipe = recipes[method]()
+    if not torch.cuda.is_available():
+        # Its AWQ pins memory for a GPU and fails where there is none.
+        IntermediatesCache.pin_memory = lambda *_, **__: None
     # It asks for a tokenizer beside inputs that are tokens already.
     words = tokenizers.models.WordLevel({"?": 0}, unk_token="?")
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(words))
