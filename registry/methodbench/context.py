@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from methodbench.torchkit.model import LoadedModel
@@ -31,6 +31,9 @@ class Context:
     """What a reader of the result should know; shown on the run's page."""
     phases: dict[str, float] = field(default_factory=dict)
     """Wall-clock seconds by phase."""
+    supplies: Mapping[str, Any] = field(default_factory=dict)
+    """What a task hands to the training methods that list it in ``needs``: ``"replay"``, general samples as a pair of
+    inputs and targets; ``"task-vectors"``, differences of fine-tuned from present weights by parameter name."""
     dense: LoadedModel | None = None
     """Inside a chain of compressors, the model before its first link: what a compensating link corrects towards."""
 

@@ -70,7 +70,11 @@ class OptimizerMethod(Protocol):
 
 @runtime_checkable
 class TrainingMethod(Protocol):
-    """Changes of a training loop: quantization-aware training, sparsity regularizers, backward-pass changes."""
+    """Changes of a training loop: quantization-aware training, sparsity regularizers, backward-pass changes.
+
+    A method that asks its task for more than a model and batches lists it in ``needs`` and finds it in
+    ``ctx.supplies``: ``"replay"`` or ``"task-vectors"``.
+    """
 
     def wrap(self, model: nn.Module, ctx: Context) -> nn.Module:
         """Return the module to train."""

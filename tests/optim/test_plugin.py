@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from methodbench.params import build
-from methodbench.protocols import MethodTask, OptimizerMethod
+from methodbench.protocols import KINDS, MethodTask
 from methodbench_optim import plugin
 
 METHODS = {method.name: method for method in plugin.methodbench_methods()}
@@ -33,7 +33,7 @@ def test_every_method_builds_with_its_defaults_and_presets(name):
     implementation = load(entry.impl)
     for passed in ({}, *entry.presets.values()):
         method = build(implementation, dict(passed), name)
-        assert isinstance(method, OptimizerMethod)
+        assert isinstance(method, KINDS[entry.kind])
         for field, value in passed.items():
             assert getattr(method, field) == value
 
@@ -51,4 +51,4 @@ def test_every_task_builds_and_names_its_scores(name):
 def test_all_belong_to_the_family_of_the_plugin():
     (family,) = plugin.methodbench_families()
     assert {method.family for method in METHODS.values()} == {family.name}
-    assert {method.kind for method in METHODS.values()} == {"optimizer"}
+    assert {method.kind for method in METHODS.values()} == {"optimizer", "training"}

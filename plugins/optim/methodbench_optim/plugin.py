@@ -6,6 +6,7 @@ from methodbench.entries import Family, Method, SuiteFile, Task
 from methodbench.hookspecs import hookimpl
 from methodbench_optim.methods import METHODS
 from methodbench_optim.tasks import TASKS
+from methodbench_optim.training.entries import METHODS as TRAINING
 
 
 @hookimpl
@@ -21,7 +22,7 @@ def methodbench_families() -> list[Family]:
 
 @hookimpl
 def methodbench_methods() -> list[Method]:
-    return list(METHODS)
+    return [*METHODS, *TRAINING]
 
 
 @hookimpl

@@ -28,7 +28,7 @@ def training_checks(subject: Subject) -> Checks:
         return planted.teach(subject.build_for_checks({}), 0, steps, quiet())
 
     def runs() -> str:
-        module = subject.build_for_checks({}).wrap(planted.student(0), quiet())
+        module = subject.build_for_checks({}).wrap(planted.student(0), planted.supplied(0, quiet()))
         require(isinstance(module, nn.Module), f"wrap returned {type(module).__name__}, not a module")
         losses, _ = trained(4)
         require(bool(losses.isfinite().all()), "the loss is not finite within four steps")
@@ -37,7 +37,7 @@ def training_checks(subject: Subject) -> Checks:
     def no_input_mutation() -> str:
         module = planted.student(0)
         before = [parameter.detach().clone() for parameter in module.parameters()]
-        subject.build_for_checks({}).wrap(module, quiet())
+        subject.build_for_checks({}).wrap(module, planted.supplied(0, quiet()))
         same = all(torch.equal(a, b) for a, b in zip(before, planted.student(0).parameters(), strict=True))
         held = {id(t) for t in module.parameters()}
         require(same and len(held) == len(before), "wrap changed the tensors of the module that it was given")

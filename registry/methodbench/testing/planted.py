@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from methodbench.context import Context
 from methodbench.errors import MissingExtraError
 from methodbench.torchkit.adapters import Adapter, detect, unfuse_experts
 from methodbench.torchkit.closures import Closure
@@ -388,6 +389,26 @@ def student(seed: int) -> nn.Module:
         return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, CLASSES))
 
 
+def supplied(seed: int, ctx: Context) -> Context:
+    """Return ``ctx`` with what training methods may ask a task for, from the lessons of ``seed``.
+
+    The general samples are the first 64 lessons; the task vectors those of two students, each trained on one half.
+    """
+    given, start = lessons(seed), student(seed)
+    vectors = []
+    for half in (slice(None, None, 2), slice(1, None, 2)):
+        tuned = student(seed)
+        optimizer = torch.optim.SGD(tuned.parameters(), lr=0.5)
+        for _ in range(20):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(tuned(given.x[half]), given.y[half]).backward()
+            optimizer.step()
+        pairs = zip(tuned.named_parameters(), start.parameters(), strict=True)
+        vectors.append({name: (p - before).detach() for (name, p), before in pairs})
+    supplies = {"replay": (given.x[:64], given.y[:64]), "task-vectors": vectors}
+    return dataclasses.replace(ctx, supplies=supplies)
+
+
 def teach(method: Any, seed: int, steps: int, ctx: Any) -> tuple[Tensor, Tensor]:
     """Train the student under a training method, with plain SGD, on batches of 32.
 
@@ -395,7 +416,7 @@ def teach(method: Any, seed: int, steps: int, ctx: Any) -> tuple[Tensor, Tensor]
         Losses of the steps [steps], and 1 for every test sample that the student gets right, float64 [N].
     """
     given = lessons(seed)
-    model = method.wrap(student(seed), ctx).train()
+    model = method.wrap(student(seed), supplied(seed, ctx)).train()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
     losses = []
     for step in range(steps):
