@@ -40,7 +40,7 @@ def test_a_coarse_histogram_equals_the_reference(vectors: Vectors) -> None:
     found = histogram(vectors, vectors.tensor("acts"), len(expected))
     assert torch.equal(found.counts, expected)
     torch.testing.assert_close(
-        found.centers, vectors.tensor("hist200_centers"), rtol=limit(vectors, "thresholds rtol"), atol=1e-6
+        found.centers, vectors.tensor("hist200_centers"), rtol=limit(vectors, "thresholds rtol"), atol=0
     )
 
 
@@ -120,9 +120,9 @@ def test_the_greedy_search_takes_the_steps_of_the_reference(vectors: Vectors) ->
     got = greedy_rows(run, dense, weights, hyper["target"], hyper["base_step"], hyper["last_fraction"])
     assert len(got) == len(rows)
     for row, expected in zip(got, rows, strict=True):
-        assert row.effective == pytest.approx(expected[0], abs=1e-6)
+        assert row.effective == pytest.approx(expected[0])
         assert row.error == pytest.approx(expected[1], rel=limit(vectors, "errors rtol"))
-        assert list(row.levels.values()) == pytest.approx(expected[3:].tolist(), abs=1e-6)
+        assert list(row.levels.values()) == pytest.approx(expected[3:].tolist())
     for expected in rows[:: len(rows) // 4]:
         uniform = run(dict.fromkeys(weights, float(expected[0])))
         assert output_error(uniform, dense, hyper["last_fraction"]) == pytest.approx(

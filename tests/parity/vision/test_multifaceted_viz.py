@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 
-from methodbench.testing.parity import Vectors
+from methodbench.testing.parity import Vectors, stated_by
 from methodbench_vision.multifaceted_viz import (
     CENTRE_SCHEDULE,
     MEAN_SCHEDULE,
@@ -24,8 +24,9 @@ def test_steps_and_weights_of_all_octaves(vectors: Vectors) -> None:
     for name, schedule in (("center", CENTRE_SCHEDULE), ("mean", MEAN_SCHEDULE)):
         pairs = [step_and_weight(octave, i) for octave in schedule for i in range(octave.iterations)]
         steps, weights = zip(*pairs, strict=True)
-        np.testing.assert_allclose(steps, vectors[f"{name}.step"], rtol=0, atol=1e-6)
-        np.testing.assert_allclose(weights, vectors[f"{name}.tv"], rtol=0, atol=1e-6)
+        atol = stated_by(vectors.meta["tolerance"], r"([\d.e-]+) for steps")
+        np.testing.assert_allclose(steps, vectors[f"{name}.step"], rtol=0, atol=atol)
+        np.testing.assert_allclose(weights, vectors[f"{name}.tv"], rtol=0, atol=atol)
 
 
 def test_crop_offsets_of_a_seeded_generator(vectors: Vectors) -> None:
@@ -46,4 +47,5 @@ def test_three_steps_with_given_gradients(vectors: Vectors) -> None:
     for index, (weight, step, margin) in enumerate(vectors["step_params"]):
         moved = ascended(x, vectors[f"g{index}"], step, int(margin), (-mean, 255 - mean))
         x = denoised((moved + mean)[::-1], weight)[::-1] - mean
-        np.testing.assert_allclose(x, vectors[f"x{index + 1}"], rtol=0, atol=1e-4)
+        atol = stated_by(vectors.meta["tolerance"], r"([\d.e-]+) after TV")
+        np.testing.assert_allclose(x, vectors[f"x{index + 1}"], rtol=0, atol=atol)
