@@ -120,6 +120,7 @@ LLM_FP4 = Method(
     fidelity="authors-code",
     parity="nbasyl/LLM-FP4 0598c95, as published and with its integer-power slip repaired",
     vectors=("quant/llm_fp4",),
+    check_params={"candidates": 20},
     properties=("deterministic",),
     extra="quant",
 )
