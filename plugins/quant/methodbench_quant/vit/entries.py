@@ -58,8 +58,6 @@ METHODS: list[Method] = [
         properties=(
             "deterministic",
             "no-input-mutation",
-            "monotone:w_bits",
-            "monotone:a_bits",
             "batch-split-invariant",
         ),
         extra="quant",
