@@ -239,7 +239,6 @@ METHODS: list[Method] = [
         check_params={"samples": 64},
         fidelity="authors-code",
         parity="SriramB-98/layer_masking (a2610a5): masked layers and a residual network",
-        check_params={"samples": 64},
         vectors=("vision/layer_masking",),
         properties=(
             "deterministic",
