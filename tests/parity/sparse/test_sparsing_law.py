@@ -77,7 +77,7 @@ def curves_of(model: LoadedModel, vectors: Vectors) -> dict[str, CettCurve]:
     for (name,), tensors in observed(model, data, names, "a test"):
         hidden = torch.cat([x.flatten(0, -2) for x in tensors])
         index = names.index(name)
-        torch.testing.assert_close(hidden, vectors.tensor(f"h{index}").flatten(0, -2), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(hidden, vectors.tensor(f"h{index}").flatten(0, -2))
         weight = model.module.get_submodule(name).weight
         found[name] = CettCurve(hidden, weight, vectors.meta["hyper"]["candidates"])
     return found
