@@ -29,6 +29,7 @@ from pydantic import Field
 from torch import Tensor
 
 from methodbench.params import hyperparameters
+from methodbench_optim import fused
 from methodbench_optim.rule import Rule, ready
 
 if TYPE_CHECKING:
@@ -102,18 +103,34 @@ class DiffGradOptimizer(Rule):
 
     def advance(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
         steps = self.count(params)
+        exp_avgs, exp_avg_sqs = self.averages(params, "exp_avg"), self.averages(params, "exp_avg_sq")
+        previous = self.averages(params, "previous_grad")
         alias: bool = group["previous_grad_alias"]
+        beta1, beta2 = group["betas"]
+        if not alias and fused.diffgrad(
+            params,
+            grads,
+            exp_avgs,
+            exp_avg_sqs,
+            previous,
+            steps,
+            lr=float(group["lr"]),
+            beta1=beta1,
+            beta2=beta2,
+            eps=group["eps"],
+            eps_after_correction=group["eps_position"] == "after-correction",
+            weight_decay=group["weight_decay"],
+        ):
+            return
         if group["weight_decay"] and alias:
             torch._foreach_add_(grads, params, alpha=group["weight_decay"])
         elif group["weight_decay"]:
             grads = list(torch._foreach_add(grads, params, alpha=group["weight_decay"]))
-        beta1, beta2 = group["betas"]
-        previous = self.averages(params, "previous_grad")
         diffgrad_(
             params,
             grads,
-            self.averages(params, "exp_avg"),
-            self.averages(params, "exp_avg_sq"),
+            exp_avgs,
+            exp_avg_sqs,
             previous,
             steps,
             lr=float(group["lr"]),

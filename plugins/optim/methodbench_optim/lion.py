@@ -25,6 +25,7 @@ from pydantic import Field
 from torch import Tensor
 
 from methodbench.params import hyperparameters
+from methodbench_optim import fused
 from methodbench_optim.rule import Rule, ready
 
 if TYPE_CHECKING:
@@ -105,6 +106,8 @@ def lion_(
         beta2: decay of the momentum.
         weight_decay: decoupled decay λ.
     """
+    if fused.lion(params, grads, momenta, lr=lr, beta1=beta1, beta2=beta2, weight_decay=weight_decay):
+        return
     if weight_decay:
         torch._foreach_mul_(params, 1 - lr * weight_decay)
     directions = torch._foreach_lerp(momenta, grads, 1 - beta1)

@@ -163,6 +163,9 @@ class _Bench:
         result["warnings"] = ctx.warnings
         result["numerics"] = numerics(self.job["device"])
         result["peak_memory_bytes"] = peak_memory_bytes()
+        cuda = _cuda()
+        if cuda is not None:
+            result.setdefault("facts", {})["peak_gpu_memory_bytes"] = cuda.max_memory_allocated()
         sys.stdout.flush()
         # Where this cell's share of the job's log ends.
         result["log_end"] = os.fstat(1).st_size
@@ -282,6 +285,7 @@ class _Bench:
             if stored is not None:
                 return stored
             data: Calibration = task.calibration(self.model, ctx)
+            data.inputs = data.inputs.to(ctx.device)
             temporary = path.with_suffix(f".{os.getpid()}.partial")
             save_file({"inputs": data.inputs.contiguous()}, temporary, metadata={"source": data.source})
             temporary.replace(path)
@@ -371,6 +375,15 @@ def _forget_peak() -> None:
     """Let the peak of this process's memory start anew, where the system can, so that each cell has its own."""
     with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as switch:
         switch.write("5")
+    cuda = _cuda()
+    if cuda is not None:
+        cuda.reset_peak_memory_stats()
+
+
+def _cuda() -> Any:
+    """Return ``torch.cuda`` where this process uses a GPU, else None; touches none."""
+    torch = sys.modules.get("torch")
+    return torch.cuda if torch is not None and torch.cuda.is_initialized() else None
 
 
 def peak_memory_bytes() -> int:

@@ -151,6 +151,8 @@ class PackedLayer(nn.Module):
         self.output_quantizer: nn.Module | None = None
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=self.dtype), False) if bias else None
         self._dense: Tensor | None = None
+        self.kernel: Callable[[Tensor], Tensor] | None = None
+        """What multiplies a single token inside :func:`decoding`."""
         self.unrounded: Tensor | None = None
         """The weight that was rounded, inside :func:`keeping_unrounded`: what a correction of its error aims at."""
 
@@ -195,8 +197,13 @@ class PackedLayer(nn.Module):
         """Return ``x @ W.T + bias`` for ``x`` [..., in]."""
         if self.input_quantizer is not None:
             x = self.input_quantizer(x)
-        y = F.linear(x, self.weight.to(x.dtype), self.bias)
+        fast = self.kernel is not None and x.dtype == self.dtype and x.numel() == self.in_features
+        y = self.kernel(x) if fast and self.kernel is not None else self.multiply(x)
         return y if self.output_quantizer is None else self.output_quantizer(y)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """Return ``x @ W.T + bias`` from the unpacked weight, without the layer's quantizers."""
+        return F.linear(x, self.weight.to(x.dtype), self.bias)
 
     def materialize(self) -> None:
         """Keep the dense weight in memory, outside of the state dict, until :meth:`release`."""
@@ -553,6 +560,30 @@ def materialized(module: nn.Module) -> Iterator[nn.Module]:
     finally:
         for layer in held:
             layer.release()
+
+
+@contextmanager
+def decoding(module: nn.Module) -> Iterator[dict[str, str]]:
+    """Let the packed layers of ``module`` multiply single tokens by the kernels that are fastest here.
+
+    Which these are is measured on entry, on the device and in the dtype that the layers are in. Inputs of more than
+    one row are multiplied as ever. Kernels round differently from each other, so results repeat to the precision of
+    the dtype only: a comparison of quality uses :func:`materialized`.
+
+    Yields:
+        What each layer uses, by dotted name; layers that unpack their weights are left out.
+    """
+    from methodbench.torchkit.kernels.packed import choose
+
+    layers = packed_layers(module)
+    kernels = choose(layers)
+    try:
+        for name, kernel in kernels.items():
+            layers[name].kernel = kernel
+        yield {name: kernel.name for name, kernel in kernels.items()}
+    finally:
+        for name in kernels:
+            layers[name].kernel = None
 
 
 def rebuild(module: nn.Module, configs: Mapping[str, Mapping[str, Any]]) -> nn.Module:

@@ -241,23 +241,27 @@ def rotate_stream(stream: ResidualStream, rotation: Tensor) -> None:
 def rotate_embeddings(stream: ResidualStream, rotation: Tensor) -> None:
     """``E <- E Q`` for every embedding."""
     for name in stream.embeddings:
-        set_weight(stream.module.get_submodule(name), stream.weight(name) @ rotation)
+        weight = stream.weight(name)
+        set_weight(stream.module.get_submodule(name), weight @ rotation.to(weight.device))
 
 
 def rotate_inputs(stream: ResidualStream, names: Iterable[str], rotation: Tensor) -> None:
     """``W <- W Q`` for the layers ``names``."""
     for name in names:
-        set_weight(stream.module.get_submodule(name), stream.weight(name) @ rotation)
+        weight = stream.weight(name)
+        set_weight(stream.module.get_submodule(name), weight @ rotation.to(weight.device))
 
 
 def rotate_outputs(stream: ResidualStream, names: Iterable[str], rotation: Tensor) -> None:
     """``W <- Q^T W``, ``b <- Q^T b`` for the layers ``names``."""
     for name in names:
         layer = stream.module.get_submodule(name)
-        set_weight(layer, rotation.T @ stream.weight(name))
+        weight = stream.weight(name)
+        turn = rotation.T.to(weight.device)
+        set_weight(layer, turn @ weight)
         bias = getattr(layer, "bias", None)
         if bias is not None:
-            set_weight(layer, rotation.T @ double(bias), "bias")
+            set_weight(layer, turn @ double(bias), "bias")
 
 
 def rotate_heads_out(weight: Tensor, rotations: Tensor) -> Tensor:

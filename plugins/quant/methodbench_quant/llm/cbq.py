@@ -251,9 +251,9 @@ def split_outliers(values: Tensor, coarse: float = 1.5, fine: float = 1.0) -> Sp
         return Split(threshold, float("inf"), float("inf"), float("nan"))
     kept = torch.cat([ordered[first - 1 : first], suspects[:-1]]) if first else suspects
     # Variance of suspects[:i] for every i at once; one value or none has no spread.
-    count = torch.arange(len(suspects), dtype=torch.float64).clamp(min=1)
+    count = torch.arange(len(suspects), dtype=torch.float64, device=suspects.device).clamp(min=1)
     centred = suspects - suspects.mean()
-    zero = torch.zeros(1, dtype=torch.float64)
+    zero = suspects.new_zeros(1)
     mean = torch.cat([zero, centred.cumsum(0)[:-1]]) / count
     square = torch.cat([zero, centred.square().cumsum(0)[:-1]]) / count
     merit = (suspects - kept).square() - fine * (square - mean.square()).clamp(min=0)

@@ -207,8 +207,9 @@ def observe_hessians(step: BlockStep, names: Iterable[str]) -> list[tuple[list[s
     for name in names:
         shared.setdefault(leaders.get(name, name), []).append(name)
     for leader in shared.keys() - hessians.keys():
-        width = step.block.get_submodule(leader).in_features
-        hessians[leader] = Hessian(torch.zeros(int(width), int(width)))  # type: ignore[arg-type]
+        weight = weight_of(step.block.get_submodule(leader))
+        width = weight.shape[1]
+        hessians[leader] = Hessian(torch.zeros(width, width, device=weight.device))
     return [(group, hessians[leader]) for leader, group in shared.items()]
 
 

@@ -189,7 +189,9 @@ class LowRankLayer(PackedLayer):
             bias=bias is not None,
             dtype=str(dtype or base.dtype).removeprefix("torch."),
         )
-        layer.base.load_state_dict({k: v for k, v in base.state_dict().items() if k != "bias"})
+        layer.base.to(quantized.left.device).load_state_dict(
+            {k: v for k, v in base.state_dict().items() if k != "bias"}
+        )
         layer.left, layer.right = parts
         layer.input_quantizer, layer.output_quantizer = base.input_quantizer, base.output_quantizer
         layer._set_bias(bias)

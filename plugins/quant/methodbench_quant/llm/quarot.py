@@ -143,8 +143,9 @@ class QuaRot:
                 "QuaRot rotates decoders with separate query, key and value layers.",
             )
         value, output = (stream.module.get_submodule(name) for name in (values[0], writers[0]))
-        rotations = hadamard_transform(torch.eye(size, dtype=torch.float64))[None]
-        set_weight(value, rotate_heads_out(stream.weight(values[0]), rotations))
+        weight = stream.weight(values[0])
+        rotations = hadamard_transform(torch.eye(size, dtype=torch.float64, device=weight.device))[None]
+        set_weight(value, rotate_heads_out(weight, rotations))
         if getattr(value, "bias", None) is not None:
             set_weight(value, rotate_heads_out(double(value.get_parameter("bias")), rotations), "bias")
         set_weight(output, rotate_heads_in(stream.weight(writers[0]), rotations))

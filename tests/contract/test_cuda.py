@@ -1,0 +1,61 @@
+"""Every compressor on a GPU: what is written for a CPU alone shows here."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers as hf
+
+from methodbench.catalog import load_catalog, load_implementation
+from methodbench.context import Context
+from methodbench.errors import NotApplicableError
+from methodbench.params import build
+from methodbench.torchkit.adapters import detect
+from methodbench.torchkit.model import Calibration, LoadedModel
+from methodbench.torchkit.packed import decoding, materialized
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+_COMPRESSORS = sorted(
+    (method.name, kind)
+    for method in load_catalog().methods.values()
+    if method.kind == "compressor"
+    for kind in ("llama", "mixture")
+)
+
+
+def tiny(kind: str) -> LoadedModel:
+    """Return a random decoder on the GPU, of widths that every default group size divides."""
+    sizes = {
+        "vocab_size": 128,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+    }
+    config = hf.LlamaConfig(**sizes) if kind == "llama" else hf.MixtralConfig(**sizes, num_local_experts=4)
+    torch.manual_seed(0)
+    module = hf.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False).cuda()
+    return LoadedModel(kind, "causal-lm", module, detect(module))
+
+
+@pytest.mark.parametrize(("name", "kind"), _COMPRESSORS)
+def test_compressor_runs_on_a_gpu(name, kind):
+    generator = torch.Generator().manual_seed(1)
+    data = Calibration(torch.randint(128, (16, 64), generator=generator), "random tokens")
+    method = build(load_implementation(load_catalog().methods[name].impl), {}, name)
+    torch.manual_seed(0)
+    try:
+        compressed = method.compress(tiny(kind), data, Context(device="cuda"))
+    except NotApplicableError as error:
+        pytest.skip(error.message)
+    ids = torch.randint(128, (2, 32), generator=generator).cuda()
+    with torch.no_grad(), materialized(compressed.module):
+        logits = compressed.module(ids).logits
+    assert logits.is_cuda
+    assert bool(torch.isfinite(logits).all())
+    with torch.no_grad(), decoding(compressed.module):
+        one = compressed.module(ids[:1, :1]).logits
+    assert bool(torch.isfinite(one).all())

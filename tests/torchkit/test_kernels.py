@@ -1,0 +1,179 @@
+"""Kernels against unpacking and multiplying: on a GPU, and on a CPU in Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from methodbench.torchkit.kernels import has_triton
+from methodbench.torchkit.packed import (
+    PackedLinear,
+    decoding,
+    materialized,
+    pack_linear,
+    packed_layers,
+)
+from methodbench.torchkit.power_map import PackedPower
+from methodbench.torchkit.quantizers import quantize
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@pytest.fixture
+def device() -> str:
+    if INTERPRETED:
+        return "cpu"
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device, or Triton's interpreter (TRITON_INTERPRET=1)")
+    return "cuda"
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    INTERPRETED or torch.cuda.is_available(), reason="the kernels are tested here as they are"
+)
+@pytest.mark.skipif(not has_triton(), reason="Triton is not installed")
+def test_kernels_agree_in_the_interpreter():
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "triton", __file__]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        command, env={**os.environ, "TRITON_INTERPRET": "1"}, cwd=root, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "skipped" not in done.stdout.splitlines()[-1]
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize(("columns", "group"), [(96, 32), (96, -1), (256, 128), (96, 48)])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_triton_packed_product_is_that_of_the_unpacked_weight(
+    device, generator, bits, columns, group, symmetric
+):
+    from methodbench.torchkit.kernels.packed_gemv import Shape, fits, packed_gemv
+
+    weight = torch.randn(40, columns, generator=generator)
+    quantized = quantize(weight, bits, group_size=group, symmetric=symmetric)
+    perm = torch.randperm(columns, generator=generator) if group == 32 else None
+    bias = torch.randn(40, generator=generator) if group != 48 else None
+    layer = PackedLinear.from_quantized(quantized, bias=bias, perm=perm).to(device)
+    assert fits(layer)
+    x = torch.randn(1, 1, columns, generator=generator).to(device)
+    expected = F.linear(
+        x.double(), layer.dequantize().double(), None if bias is None else layer.bias.double()
+    )
+    for shape in (Shape(1, 8, 2), Shape(4, 2, 1), Shape(2, 1, 1, True)):
+        y = packed_gemv(layer, x, shape)
+        assert y.shape == (1, 1, 40)
+        torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_triton_packed_product_takes_zero_points_off_the_grid(device, generator):
+    from methodbench.torchkit.kernels.packed_gemv import SHAPES, packed_gemv
+
+    weight = torch.rand(16, 64, generator=generator) + 3
+    layer = PackedLinear.from_quantized(quantize(weight, 4, group_size=32, convention="omni")).to(device)
+    assert layer.zero_storage == "int16"
+    x = torch.randn(1, 64, generator=generator).to(device)
+    torch.testing.assert_close(packed_gemv(layer, x, SHAPES[0]), layer(x), rtol=1e-4, atol=1e-3)
+
+
+def test_triton_packed_product_takes_one_row_only(device):
+    from methodbench.torchkit.kernels.packed_gemv import SHAPES, packed_gemv
+
+    layer = PackedLinear.from_quantized(quantize(torch.ones(8, 32), 4)).to(device)
+    with pytest.raises(ValueError, match="one row at a time, and x has 2"):
+        packed_gemv(layer, torch.ones(2, 32, device=device), SHAPES[0])
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.7, 100.0])
+@pytest.mark.parametrize("parts", [1, 4, 8])
+def test_triton_sparse_product_is_that_of_the_masked_input(device, generator, parts, threshold):
+    from methodbench.torchkit.kernels.sparse_gemv import Shape, SparseGEMV
+
+    weight, bias = torch.randn(100, 300, generator=generator), torch.randn(100, generator=generator)
+    x = torch.randn(1, 1, 300, generator=generator)
+    x[..., ::3] = 0
+    weight, bias, x = weight.to(device), bias.to(device), x.to(device)
+    product = SparseGEMV(weight.T.contiguous(), Shape(32, 64, parts, 4), bias)
+    masked = torch.where(x.abs() > threshold, x, 0)
+    for _ in range(2):
+        y = product(x, threshold)
+        torch.testing.assert_close(y, F.linear(masked, weight, bias), rtol=1e-4, atol=1e-4)
+
+
+def test_triton_sparse_product_never_reads_the_weight_of_a_zero(device, generator):
+    from methodbench.torchkit.kernels.sparse_gemv import SHAPES, SparseGEMV
+
+    transposed = torch.randn(64, 48, generator=generator)
+    x = torch.randn(1, 64, generator=generator)
+    x[:, 1::2] = 0
+    expected = x @ transposed
+    transposed[1::2] = float("nan")
+    y = SparseGEMV(transposed.to(device), SHAPES[0])(x.to(device))
+    torch.testing.assert_close(y.cpu(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="measures, which an interpreter is no subject for")
+@pytest.mark.parametrize("where", ["cpu", "cuda"])
+@pytest.mark.parametrize(("bits", "group"), [(2, 32), (3, 64), (4, 64), (4, -1), (8, -1), (8, 64)])
+def test_decoding_multiplies_single_tokens_by_kernels(where, generator, bits, group):
+    if where == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    linears = [nn.Linear(256, 256, dtype=torch.bfloat16) for _ in range(3)]
+    perm = torch.randperm(256, generator=generator)
+    module = nn.Sequential(
+        *[
+            pack_linear(linear, quantize(linear.weight.detach().float(), bits, group_size=group), perm=perm)
+            for linear in linears
+        ]
+    ).to(where)
+    token = torch.randn(1, 1, 256, generator=generator).bfloat16().to(where)
+    several = torch.randn(2, 5, 256, generator=generator).bfloat16().to(where)
+    with torch.no_grad(), materialized(module):
+        expected, batch = module(token).float(), module(several)
+    with torch.no_grad(), decoding(module) as kernels:
+        assert set(kernels) <= set(packed_layers(module))
+        y = module(token).float()
+        # A kernel is for one token: what has more rows is multiplied as ever.
+        assert torch.equal(module(several), batch)
+    assert float((y - expected).norm() / expected.norm()) < 2e-2
+    assert all(layer.kernel is None for layer in packed_layers(module).values())
+
+
+def test_every_fitting_product_of_torch_agrees(generator):
+    from methodbench.torchkit.kernels.packed import Int4Product, Int8Product
+
+    for bits, group, kind in (
+        (2, 32, Int4Product),
+        (3, 64, Int4Product),
+        (4, -1, Int4Product),
+        (8, -1, Int8Product),
+    ):
+        for symmetric in (False, True):
+            linear = nn.Linear(128, 64, dtype=torch.bfloat16)
+            quantized = quantize(linear.weight.detach().float(), bits, group_size=group, symmetric=symmetric)
+            layer = pack_linear(linear, quantized, perm=torch.randperm(128, generator=generator))
+            assert isinstance(layer, PackedLinear)
+            assert kind.fits(layer)
+            x = torch.randn(1, 128, generator=generator).bfloat16()
+            expected = F.linear(x.float(), layer.dequantize().float(), linear.bias.float())
+            error = (kind(layer)(x).float() - expected).norm() / expected.norm()
+            assert float(error) < 1e-2, (kind.name, bits, symmetric, float(error))
+
+
+def test_formats_with_a_decoding_of_their_own_get_no_integer_kernel():
+    from methodbench.torchkit.kernels.packed import choose
+
+    assert choose({"layer": PackedPower(64, 64, 4, 32, dtype="bfloat16")}) == {}
