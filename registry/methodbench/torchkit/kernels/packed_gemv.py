@@ -272,22 +272,16 @@ class Shape:
 
 #: Shapes worth trying, by the columns that a step takes: short rows leave wide steps idle.
 SHAPES = (
-    Shape(1, 8, 2),
     Shape(1, 8, 2, True),
     Shape(1, 16, 4),
     Shape(2, 8, 4),
     Shape(2, 8, 4, True),
     Shape(2, 16, 4),
     Shape(2, 16, 8),
-    Shape(4, 4, 4, True),
     Shape(4, 8, 4),
-    Shape(4, 8, 4, True),
     Shape(4, 8, 8),
     Shape(4, 8, 8, True),
     Shape(4, 16, 8),
-    Shape(4, 4, 2, True),
-    Shape(8, 4, 4, True),
-    Shape(8, 4, 8, True),
 )
 
 
