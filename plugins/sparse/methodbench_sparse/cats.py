@@ -116,6 +116,6 @@ def threshold(counts: Tensor, sparsity: float) -> float:
     total = float(counts.sum())
     if sparsity == 0 or not total:
         return 0.0
-    cumulated = (counts.float() / counts.float().sum()).cumsum(0)
+    cumulated = (counts.float() / counts.float().sum()).cumsum(0).cpu()
     index = int(torch.searchsorted(cumulated, torch.tensor(sparsity), right=True))
     return max(0.0, float(bin_edges()[min(index, EDGES) - 1]))

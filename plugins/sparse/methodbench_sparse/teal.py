@@ -150,7 +150,7 @@ class Histogram:
 
         Where all but the outliers are one value, every distinct value is a bin of its own.
         """
-        values = values.detach().float().flatten()
+        values = values.detach().float().flatten().cpu()
         count = int(outliers * values.numel())
         low, high = values.min(), values.max()
         if low == high:
@@ -161,7 +161,7 @@ class Histogram:
             distinct, counts = values.unique(return_counts=True)
             return cls(distinct, counts.float())
         edges = torch.cat([low[None], torch.linspace(float(first), float(last), bins - 1), high[None]])
-        counts = torch.histogram(values.cpu(), bins=edges.cpu()).hist
+        counts = torch.histogram(values, bins=edges).hist
         return cls((edges[:-1] + edges[1:]) / 2, counts)
 
     @property

@@ -162,7 +162,7 @@ class OSTQuant:
             "qsur": {
                 name: log_qsur(rotation.T @ plain @ rotation)
                 for name, rotation in (
-                    ("plain", torch.eye(stream.width, dtype=torch.float64)),
+                    ("plain", torch.eye(stream.width, dtype=torch.float64, device=plain.device)),
                     ("start", start),
                     ("learned", learned.rotation.detach().double()),
                 )
@@ -180,12 +180,15 @@ class OSTQuant:
 
     def start(self, stream: ResidualStream, sites: list[Site], generator: torch.Generator) -> Learned:
         """Return the transformations at their first values; norms must be folded."""
-        rotation = random_hadamard(stream.width, generator)
+        device = stream.weight(sites[0].down).device
+        rotation = random_hadamard(stream.width, generator).to(device)
         if self.use_klt:
             rotation = principal_axes(reader_covariance(stream)) @ rotation
         blocks = []
         for site in sites:
-            heads = torch.stack([self._head_rotation(site, generator) for _ in range(site.kv_heads)])
+            heads = torch.stack([self._head_rotation(site, generator) for _ in range(site.kv_heads)]).to(
+                device
+            )
             if self.use_klt:
                 output = stream.weight(site.o).view(
                     -1, site.kv_heads, site.heads // site.kv_heads, site.head_dim
@@ -193,7 +196,7 @@ class OSTQuant:
                 rows = output.permute(1, 0, 2, 3).flatten(1, 2)
                 heads = torch.stack([principal_axes(row.T.cov()) for row in rows]) @ heads
             if not self.rotate_ov:
-                heads = torch.eye(site.head_dim, dtype=torch.float64).expand_as(heads)
+                heads = torch.eye(site.head_dim, dtype=torch.float64, device=device).expand_as(heads)
             blocks.append(
                 BlockTransforms.first(site, stream.width, stream.weight(site.down).shape[1], heads.float())
             )
@@ -218,7 +221,7 @@ class OSTQuant:
         self, model: LoadedModel, sites: list[Site], learned: Learned, data: Calibration
     ) -> list[float]:
         """Minimize the loss over ``learned``; returns its mean in the first and in the last pass over the data."""
-        batches = data.inputs.split(self.batch_size)
+        batches = data.inputs.to(learned.rotation.device).split(self.batch_size)
         parameters = [p for p in learned.parameters() if p.requires_grad]
         rotations = [p for p in parameters if p.ndim > 1]
         scales = [p for p in parameters if p.ndim == 1]
@@ -386,12 +389,10 @@ class BlockTransforms(nn.Module):
     @classmethod
     def first(cls, site: Site, width: int, wide: int, heads: Tensor) -> BlockTransforms:
         """Return scales of one for a block of ``width`` channels, ``wide`` inside its feed-forward network."""
-        channels = torch.ones(site.kv_heads * site.head_dim)
-        ones = torch.ones(width)
-        return cls(
-            heads,
-            {"vo": channels, "qk": channels, "updown": torch.ones(wide), "attention": ones, "mlp": ones},
+        channels, ones, inner = (
+            torch.ones(size, device=heads.device) for size in (site.kv_heads * site.head_dim, width, wide)
         )
+        return cls(heads, {"vo": channels, "qk": channels, "updown": inner, "attention": ones, "mlp": ones})
 
     @property
     def key_scale(self) -> Tensor:
@@ -566,8 +567,9 @@ class TokenQuantizer(nn.Module):
 
 def reader_covariance(stream: ResidualStream) -> Tensor:
     """Return the covariance of the rows of all layers that read the stream, float64 [width, width]."""
-    count, total = 0, torch.zeros(stream.width, dtype=torch.float64)
-    square = torch.zeros(stream.width, stream.width, dtype=torch.float64)
+    device = stream.weight(stream.head).device
+    count, total = 0, torch.zeros(stream.width, dtype=torch.float64, device=device)
+    square = torch.zeros(stream.width, stream.width, dtype=torch.float64, device=device)
     for branch in stream.flat_branches:
         for name in branch.readers:
             rows = stream.weight(name)
@@ -596,7 +598,7 @@ def log_qsur(covariance: Tensor, mean: Tensor | None = None, confidence: float =
     values = values.clamp(min=1e-12 * float(largest))
     radius = math.sqrt(float(chdtri(d, 1 - confidence)))
     reach = radius * largest.sqrt() * leading
-    centre = torch.zeros(d, dtype=torch.float64) if mean is None else mean.double()
+    centre = torch.zeros_like(leading) if mean is None else mean.double()
     edge = (centre + reach).max() - (centre - reach).min()
     log_ball = d / 2 * math.log(math.pi) - math.lgamma(d / 2 + 1)
     log_ellipsoid = log_ball + d * math.log(radius) + 0.5 * float(values.log().sum())
