@@ -209,6 +209,15 @@ CONVENTIONS: Mapping[str, FindGrid] = {
 }
 
 
+def extremes(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the smallest and the largest value of every group of ``x`` [..., n], each [..., 1]; differentiable."""
+    if x.requires_grad:
+        # Not every torch that is supported differentiates aminmax, which reads x only once.
+        return x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+    low, high = torch.aminmax(x, dim=-1, keepdim=True)
+    return low, high
+
+
 def find_grid(
     x: Tensor,
     bits: int,
@@ -232,7 +241,7 @@ def find_grid(
     Raises:
         ValueError: ``absmax`` without ``symmetric``.
     """
-    low, high = torch.aminmax(x, dim=-1, keepdim=True)
+    low, high = extremes(x)
     if isinstance(clip[0], Tensor) or isinstance(clip[1], Tensor) or clip != (1.0, 1.0):
         low, high = low * clip[0], high * clip[1]
     return CONVENTIONS[convention](low, high, bits, symmetric)

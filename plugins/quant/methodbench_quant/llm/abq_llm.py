@@ -30,7 +30,7 @@ from methodbench.params import hyperparameters
 from methodbench.torchkit.activations import quantize_inputs
 from methodbench.torchkit.attention import Operand, transform_operands
 from methodbench.torchkit.model import Calibration, LoadedModel, set_weight
-from methodbench.torchkit.quantizers import Factor, Quantized, UniformGrid, groups_of, on_grid
+from methodbench.torchkit.quantizers import Factor, Quantized, UniformGrid, extremes, groups_of, on_grid
 from methodbench.torchkit.reconstruction import Window, fit, windows
 from methodbench.torchkit.sequential import BlockStep, Observer
 from methodbench_quant.llm.layers import (
@@ -423,7 +423,7 @@ def balanced_grid(
     from 0 to ``top``, which is ``2^bits - 1``, or with ``balance`` ``2^bits`` at one and two bits.
     """
     top = 2**bits if balance and bits <= 2 else 2**bits - 1
-    low, high = torch.aminmax(x, dim=-1, keepdim=True)
+    low, high = extremes(x)
     low, high = low * clip[0], high * clip[1]
     scale = ((high - low) / top).clamp(1e-5, 1e4)
     return UniformGrid(scale, (-low / scale).clamp(-1e4, 1e4).round(), 0, top)

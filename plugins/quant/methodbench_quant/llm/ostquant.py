@@ -42,7 +42,7 @@ from methodbench.torchkit.activations import quantize_inputs
 from methodbench.torchkit.attention import Operand, transform_operands
 from methodbench.torchkit.hadamard import hadamard_transform, has_hadamard, random_hadamard
 from methodbench.torchkit.model import Calibration, LoadedModel, set_weight
-from methodbench.torchkit.quantizers import UniformGrid, groups_of, on_grid, round_ste
+from methodbench.torchkit.quantizers import UniformGrid, extremes, groups_of, on_grid, round_ste
 from methodbench.torchkit.reconstruction import fit
 from methodbench.torchkit.rotation import (
     AcrossHeads,
@@ -515,7 +515,7 @@ def quantize_token(x: Tensor, bits: int, *, symmetric: bool = False, clip: float
     ``s = max(mx - mn, 1e-6) / (2^b - 1)``, ``z = round(-mn / s)``. Gradients pass the rounding of ``x / s`` as if it
     were the identity, the rounding of ``z`` not at all, and end where a code is clamped.
     """
-    low, high = torch.aminmax(x, dim=-1, keepdim=True)
+    low, high = extremes(x)
     low, high = low.clamp(max=0) * clip, high.clamp(min=1e-6) * clip
     if symmetric:
         scale = symmetric_scale(low, high, bits)
