@@ -122,16 +122,15 @@ class LLMFP4:
             packed = model.module.get_submodule(name)
             assert isinstance(packed, PackedLayer)
             packed.input_quantizer = StaticQuantizer(grid)
-        if ends:
-            facts["embedding"] = self._round_embedding(model)
+        embedding = model.adapter.embedding(model.module)
+        if ends and embedding is not None:
+            facts["embedding"] = self._round_embedding(model, embedding)
         if self.authors_compat:
             facts["levels"] = "one above the format's where it has mantissa bits, stored at one bit more"
         return finished(model, {"formats": formats, **facts})
 
-    def _round_embedding(self, model: LoadedModel) -> str:
+    def _round_embedding(self, model: LoadedModel, embedding: nn.Module) -> str:
         """Round the embedding to one grid in all, and say how."""
-        embedding = model.adapter.embedding(model.module)
-        assert embedding is not None
         weight = weight_of(embedding)
         require_finite(weight, model.adapter.embedding_name)
         format = FloatFormat(self.exponent, self.bits - 1 - self.exponent)
