@@ -50,6 +50,10 @@ def test_no_page_violates_wcag_2_2_aa(open_page, site):
         page.evaluate(axe.AXE_SCRIPT)
         for width in (360, 768, 1440):
             page.set_viewport_size({"width": width, "height": 900})
+            # Until the page has been laid out at this width.
+            page.evaluate(
+                "() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))"
+            )
             for scheme in ("light", "dark"):
                 page.emulate_media(color_scheme=scheme)
                 results = page.evaluate("rules => axe.run(document, rules)", RULES)

@@ -122,6 +122,6 @@ def test_masked_activations_are_not_silently_dropped(
     catalog: Catalog, tiny: Tiny, tokens: Calibration
 ) -> None:
     with pytest.raises(
-        NotApplicableError, match=r"wina turns layers of \S+ into MaskedInput, and rtn would undo"
+        NotApplicableError, match=r"wina turns layers of \S+ into SparseInput, and rtn would undo"
     ):
         apply(catalog, "wina + rtn", tiny("llama"), tokens, wina__transform=False)

@@ -177,5 +177,5 @@ def test_blocks_of_another_shape_are_refused(tiny: Tiny, tokens: Calibration, na
 
 
 def test_it_needs_calibration_inputs(tiny: Tiny) -> None:
-    with pytest.raises(NotApplicableError, match="learns from calibration inputs"):
+    with pytest.raises(NotApplicableError, match="learning needs inputs for calibration"):
         transformed(tiny("llama"), Calibration.none())

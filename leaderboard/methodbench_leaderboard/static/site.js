@@ -190,7 +190,7 @@
       if (box.scrollWidth > box.clientWidth || box.scrollHeight > box.clientHeight) box.tabIndex = 0;
       else box.removeAttribute("tabindex");
     };
-    reach();
-    addEventListener("resize", reach);
+    const sized = new ResizeObserver(reach);
+    for (const one of [box, ...box.children]) sized.observe(one);
   }
 })();

@@ -320,6 +320,7 @@ PROBES: tuple[Method, ...] = (
         fidelity="authors-code",
         parity="thunlp/SparsingLaw@a6d9b4c8a45358a21447f0b30a557133c7b7d8a5",
         vectors=("sparse/sparsing_law",),
+        claims="sparsing-law.toml",
         properties=("deterministic", "no-input-mutation"),
     ),
     Method(
@@ -342,6 +343,7 @@ PROBES: tuple[Method, ...] = (
         fidelity="reimplementation",
         parity="a reference of the paper's definitions; no code of the authors is public",
         vectors=("sparse/lazy_neuron",),
+        claims="nonzero-neurons.toml",
         properties=("deterministic", "no-input-mutation"),
     ),
 )

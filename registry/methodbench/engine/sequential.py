@@ -108,6 +108,8 @@ def run_until_decided(
         }
         active = [arm for arm in arms if id(arm) in contested]
     decisions.left_out = [cell for arm in arms for cell in arm.cells[arm.seeds_used :]]
+    used = [cell for arm in arms for cell in arm.cells[: arm.seeds_used]]
+    decisions.report.plan = Plan(plan.suite, used, plan.skips)
     return decisions
 
 

@@ -82,6 +82,9 @@ class Lease:
             session.exec(delete(Claim).where(col(Claim.driver_id) == self.id))
             session.exec(delete(Driver).where(col(Driver.id) == self.id))
             session.commit()
+        # One that died between two cells held nothing, and nobody met it.
+        with contextlib.suppress(StoreError):
+            self.bury(self.dead())
 
     def take(self, keys: Iterable[str]) -> Taken:
         """Claim cells. Those that are done or another's are left alone."""
