@@ -24,7 +24,7 @@ def printed(monkeypatch, capsys):
 
     def run(width: int | None, *args, **given) -> list[str]:
         monkeypatch.setattr(sys.stdout, "isatty", lambda: width is not None)
-        monkeypatch.setattr(shutil, "get_terminal_size", lambda: os.terminal_size((width or 80, 24)))
+        monkeypatch.setattr(shutil, "get_terminal_size", lambda **_: os.terminal_size((width or 80, 24)))
         table(*args, **given)
         found: list[str] = click.unstyle(capsys.readouterr().out).splitlines()
         return found
