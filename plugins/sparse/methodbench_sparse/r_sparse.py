@@ -26,7 +26,6 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from methodbench.context import Context
-from methodbench.errors import NotApplicableError
 from methodbench.params import hyperparameters
 from methodbench.torchkit.activation_sparsity import (
     POSITIONS_HELP,
@@ -38,7 +37,7 @@ from methodbench.torchkit.activation_sparsity import (
     score,
     sequence_shapes,
 )
-from methodbench.torchkit.model import Calibration, LoadedModel, set_submodule
+from methodbench.torchkit.model import Calibration, LoadedModel, next_token_loss, set_submodule
 
 #: The search chooses every alpha among this many values from 0 to 1.
 CHOICES = 21
@@ -115,7 +114,7 @@ class RSparse:
             with ctx.phase("search"):
                 ids = data.inputs[: self.search_sequences]
                 recipe = evolve(
-                    lambda found: sequence_loss(build(found), ids),
+                    lambda found: next_token_loss(build(found), ids),
                     recipe,
                     alphas,
                     population=self.population,
@@ -242,24 +241,6 @@ def low_rank_factors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         return weight.new_zeros(weight.shape[0], 0), weight.new_zeros(0, weight.shape[1])
     u, s, vt = torch.linalg.svd(weight.detach().double(), full_matrices=False)
     return (u[:, :rank] * s[:rank]).to(weight.dtype), vt[:rank].to(weight.dtype)
-
-
-@torch.no_grad()
-def sequence_loss(model: LoadedModel, ids: Tensor) -> float:
-    """Return the mean loss per predicted token of sequences ``ids`` [sequences, tokens], one at a time, in nats.
-
-    Raises:
-        NotApplicableError: the model gives no logits.
-    """
-    losses = []
-    for row in ids:
-        logits = getattr(model.module(row[None]), "logits", None)
-        if logits is None:
-            raise NotApplicableError(
-                f"{model.name} gives no logits to judge a recipe by", "Set search=false."
-            )
-        losses.append(nn.functional.cross_entropy(logits[0, :-1].float(), row[1:]))
-    return float(torch.stack(losses).mean())
 
 
 def evolve(

@@ -24,7 +24,7 @@ from typing import Annotated
 import numpy as np
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from methodbench.context import Context
 from methodbench.errors import NotApplicableError
@@ -37,7 +37,7 @@ from methodbench.torchkit.activation_sparsity import (
     observed,
     sites,
 )
-from methodbench.torchkit.model import Calibration, LoadedModel
+from methodbench.torchkit.model import Calibration, LoadedModel, next_token_loss
 
 #: Candidates end at this quantile of the outputs' norms, taken over about so many of them (authors' code).
 QUANTILE, QUANTILE_SIZE = 0.99, 65536
@@ -72,15 +72,15 @@ class SparsingLaw:
             hidden = torch.cat([x.flatten(0, -2) for x in tensors])[: self.tokens]
             weight = model.module.get_submodule(name).get_parameter("weight")
             curves[name] = CettCurve(hidden, weight, self.candidates)
-        dense = text_loss(model, second)
+        dense = next_token_loss(model, second)
 
         def ratio(cett: float) -> float:
             sparse = at_cett(model, curves, cett)
-            return float(np.exp(text_loss(sparse, second) - dense))
+            return float(np.exp(next_token_loss(sparse, second) - dense))
 
         cett = bisect(ratio, 1 + self.p / 100, self.tolerance)
         sparse = at_cett(model, curves, cett)
-        found = float(np.exp(text_loss(sparse, second) - dense))
+        found = float(np.exp(next_token_loss(sparse, second) - dense))
         shares = np.array([site.sparsity or 0.0 for site in sites(sparse).values()])
         return {"sparsity": float(shares.mean()), "cett": cett, "ppl-ratio": found, "by-layer": shares}
 
@@ -150,19 +150,3 @@ def bisect(ratio: Callable[[float], float], target: float, tolerance: float) -> 
         else:
             high = middle
     return (low + high) / 2
-
-
-@torch.no_grad()
-def text_loss(model: LoadedModel, ids: Tensor) -> float:
-    """Return the mean loss per predicted token of ``ids`` [sequences, tokens], in nats, a sequence at a time.
-
-    Raises:
-        NotApplicableError: the model gives no logits.
-    """
-    losses = []
-    for row in ids:
-        logits = getattr(model.module(row[None]), "logits", None)
-        if logits is None:
-            raise NotApplicableError(f"{model.name} gives no logits, so it has no perplexity")
-        losses.append(nn.functional.cross_entropy(logits[0, :-1].float(), row[1:]))
-    return float(torch.stack(losses).mean())

@@ -15,7 +15,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,6 +27,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import Session, col, select
 
 from methodbench.errors import StoreError
+from methodbench.store.records import portions
 from methodbench.store.schema import Claim, Driver, Run
 
 if TYPE_CHECKING:
@@ -135,7 +136,7 @@ class Lease:
             other cell the caller's record is the one that counts.
         """
         lost = set(cell_keys)
-        for some in _portions(cell_keys):
+        for some in portions(cell_keys):
             mine = delete(Claim).where(col(Claim.driver_id) == self.id, col(Claim.cell_key).in_(some))
             lost -= set(session.exec(mine.returning(col(Claim.cell_key))).scalars())
         if not lost:
@@ -143,13 +144,13 @@ class Lease:
         # A claim of one's own, or the wait for the holder's transaction: nobody else records these cells meanwhile.
         self._register(session)
         self._claim(session, lost)
-        for some in _portions(lost):
+        for some in portions(lost):
             session.exec(select(Claim.cell_key).where(col(Claim.cell_key).in_(some)).with_for_update()).all()
         newest = self.store.latest(lost, session)
         others = {key: run for key, run in newest.items() if run.id != self.known.get(key, "")}
         self._drop(session, others)
         # Whoever has taken over the rest is still at work: these records come first.
-        for some in _portions(lost - others.keys()):
+        for some in portions(lost - others.keys()):
             session.exec(delete(Claim).where(col(Claim.cell_key).in_(some)))
         return others
 
@@ -194,13 +195,13 @@ class Lease:
     def _holders(self, session: Session, keys: Collection[str]) -> dict[str, Driver]:
         """Return who holds each of the cells that are claimed."""
         found: dict[str, Driver] = {}
-        for some in _portions(keys):
+        for some in portions(keys):
             query = select(Claim.cell_key, Driver).join(Driver, col(Driver.id) == Claim.driver_id)
             found |= dict(session.exec(query.where(col(Claim.cell_key).in_(some))).all())
         return found
 
     def _drop(self, session: Session, keys: Collection[str]) -> None:
-        for some in _portions(keys):
+        for some in portions(keys):
             mine = delete(Claim).where(col(Claim.driver_id) == self.id, col(Claim.cell_key).in_(some))
             session.exec(mine)
 
@@ -228,13 +229,6 @@ class Lease:
                 beat = update(Driver).where(col(Driver.id) == self.id).values(beats=col(Driver.beats) + 1)
                 session.exec(beat)
                 session.commit()
-
-
-def _portions(keys: Collection[str]) -> Iterator[Sequence[str]]:
-    """Yield keys by as many as one statement takes."""
-    ordered = list(keys)
-    for start in range(0, len(ordered), 500):
-        yield ordered[start : start + 500]
 
 
 def runs_here(driver: Driver) -> bool:

@@ -200,10 +200,9 @@ class Store:
         if session is None:
             with self.reading() as own:
                 return self.latest(cell_keys, own)
-        wanted = list(dict.fromkeys(cell_keys))
         found: dict[str, Run] = {}
-        for start in range(0, len(wanted), 500):
-            query = select(Run).where(col(Run.cell_key).in_(wanted[start : start + 500]), _OWN)
+        for some in records.portions(cell_keys):
+            query = select(Run).where(col(Run.cell_key).in_(some), _OWN)
             for run in session.exec(query.order_by(col(Run.started_at), col(Run.id))):
                 before = found.get(run.cell_key)
                 if before is None or run.status == "ok" or before.status != "ok":
@@ -263,11 +262,10 @@ class Store:
 
     def versions_of(self, run_ids: Iterable[str]) -> dict[str, Version]:
         """Return the version of each of these runs, by its id."""
-        wanted = list(dict.fromkeys(run_ids))
         found: dict[str, Version] = {}
         with translated(self.url), self.engine.connect() as connection:
-            for start in range(0, len(wanted), 500):
-                query = sa_select(col(Run.id), *_VERSION).where(col(Run.id).in_(wanted[start : start + 500]))
+            for some in records.portions(run_ids):
+                query = sa_select(col(Run.id), *_VERSION).where(col(Run.id).in_(some))
                 found |= {identifier: Version(*row) for identifier, *row in connection.execute(query)}
         return found
 
@@ -322,10 +320,9 @@ class Store:
         with self.reading() as session:
             if run_ids is None:
                 return list(session.exec(select(table).order_by(table.run_id, table.name)))
-            wanted = list(dict.fromkeys(run_ids))
             rows: list[Any] = []
-            for start in range(0, len(wanted), 500):
-                query = select(table).where(table.run_id.in_(wanted[start : start + 500]))
+            for some in records.portions(run_ids):
+                query = select(table).where(table.run_id.in_(some))
                 rows.extend(session.exec(query.order_by(table.run_id, table.name)))
             return rows
 

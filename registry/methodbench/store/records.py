@@ -30,6 +30,13 @@ CHILDREN: tuple[Table, ...] = tuple(table for table in SQLModel.metadata.sorted_
 _LOCAL = frozenset({"id", "run_id", "seal", "witness_of"})
 
 
+def portions(keys: Iterable[str]) -> Iterator[list[str]]:
+    """Yield keys, each once, by as many as one statement takes."""
+    ordered = list(dict.fromkeys(keys))
+    for start in range(0, len(ordered), 500):
+        yield ordered[start : start + 500]
+
+
 @dataclass(slots=True)
 class Record:
     """One run and the rows that belong to it, as values by column."""

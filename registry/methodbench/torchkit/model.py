@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from methodbench.errors import NotApplicableError
+
 if TYPE_CHECKING:
     from methodbench.torchkit.adapters import Adapter
 
@@ -89,3 +91,22 @@ def set_weight(module: nn.Module, weight: Tensor, name: str = "weight") -> None:
     """Give ``module`` a parameter of its own in place of the shared one, with the same dtype and device."""
     old = getattr(module, name)
     setattr(module, name, nn.Parameter(weight.detach().to(old), requires_grad=False))
+
+
+@torch.no_grad()
+def next_token_loss(model: LoadedModel, ids: Tensor) -> float:
+    """Return the mean negative log-likelihood of the next token over ``ids`` [sequences, tokens], in nats.
+
+    One sequence at a time, and all of its tokens enter the model: where a method treats the last share of a sequence
+    in a way of its own, that share is what it is in use.
+
+    Raises:
+        NotApplicableError: the model gives no logits.
+    """
+    losses = []
+    for row in ids.to(next(model.module.parameters()).device):
+        logits = getattr(model.module(row[None]), "logits", None)
+        if logits is None:
+            raise NotApplicableError(f"{model.name} gives no logits, so text has no loss")
+        losses.append(nn.functional.cross_entropy(logits[0, :-1].float(), row[1:], reduction="none"))
+    return float(torch.stack(losses).double().mean())

@@ -197,8 +197,8 @@ class PackedLayer(nn.Module):
         """Return ``x @ W.T + bias`` for ``x`` [..., in]."""
         if self.input_quantizer is not None:
             x = self.input_quantizer(x)
-        fast = self.kernel is not None and x.dtype == self.dtype and x.numel() == self.in_features
-        y = self.kernel(x) if fast and self.kernel is not None else self.multiply(x)
+        kernel = self.kernel if x.dtype == self.dtype and x.numel() == self.in_features else None
+        y = self.multiply(x) if kernel is None else kernel(x)
         return y if self.output_quantizer is None else self.output_quantizer(y)
 
     def multiply(self, x: Tensor) -> Tensor:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from methodbench.testing.parity import Vectors, stated_by
 from methodbench.torchkit.activation_sparsity import forget, observed, sites
 from methodbench.torchkit.adapters import Adapter
-from methodbench.torchkit.model import Calibration, LoadedModel
-from methodbench_sparse.sparsing_law import CettCurve, at_cett, bisect, text_loss
+from methodbench.torchkit.model import Calibration, LoadedModel, next_token_loss
+from methodbench_sparse.sparsing_law import CettCurve, at_cett, bisect
 
 pytestmark = pytest.mark.vectors("sparse", "sparsing_law")
 
@@ -88,7 +88,7 @@ def ratio_and_share(
 ) -> tuple[float, float]:
     sparse = at_cett(model, curves, cett)
     forget(sparse)
-    ratio = float(np.exp(text_loss(sparse, ids) - text_loss(model, ids)))
+    ratio = float(np.exp(next_token_loss(sparse, ids) - next_token_loss(model, ids)))
     return ratio, 1 - float(np.mean([site.sparsity for site in sites(sparse).values()]))
 
 

@@ -31,7 +31,7 @@ from methodbench.context import Context
 from methodbench.errors import DivergedError, NotApplicableError, ParameterError
 from methodbench.params import hyperparameters
 from methodbench.torchkit.activations import StaticQuantizer
-from methodbench.torchkit.model import Calibration, LoadedModel, set_submodule
+from methodbench.torchkit.model import Calibration, LoadedModel, next_token_loss, set_submodule
 from methodbench.torchkit.packed import materialized
 from methodbench.torchkit.quantizers import Quantized, UniformGrid, round_ste
 from methodbench.torchkit.sequential import BlockStep, walk
@@ -478,24 +478,14 @@ def loss_by_precision(
                 )
 
     put(originals, base)
-    losses = {("", base): next_token_loss(model.module, ids)}
+    losses = {("", base): next_token_loss(model, ids)}
     for unit, names in units.items():
         for precision in precisions:
             if precision != base:
                 put(names, precision)
-                losses[unit, precision] = next_token_loss(model.module, ids)
+                losses[unit, precision] = next_token_loss(model, ids)
         put(names, base)
     return losses
-
-
-@torch.no_grad()
-def next_token_loss(module: nn.Module, ids: Tensor) -> float:
-    """Return the mean negative log-likelihood of the next token over ``ids`` [sequences, tokens], in nats."""
-    ids = ids.to(next(module.parameters()).device)
-    losses = [
-        F.cross_entropy(module(row[None, :-1]).logits[0].float(), row[1:], reduction="none") for row in ids
-    ]
-    return float(torch.cat(losses).double().mean())
 
 
 def tune_biases(model: LoadedModel, dense: LoadedModel, data: Calibration, steps: int, lr: float) -> None:

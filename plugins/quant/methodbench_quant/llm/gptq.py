@@ -35,7 +35,13 @@ from methodbench.torchkit.quantizers import (
     on_grid,
 )
 from methodbench.torchkit.sequential import BlockStep, Observer, walk
-from methodbench_quant.llm.layers import TOKENS_PER_COLUMN, finished, open_copy, replace_linear, weight_of
+from methodbench_quant.llm.layers import (
+    finished,
+    open_copy,
+    replace_linear,
+    warn_of_short_calibration,
+    weight_of,
+)
 from methodbench_quant.llm.settings import (
     ActivationSettings,
     Bits,
@@ -367,7 +373,8 @@ class _Report:
     def __init__(self, percdamp: float) -> None:
         self.percdamp = percdamp
         self.loss = 0.0
-        self.short: list[tuple[int, int]] = []
+        self.seen: list[tuple[int, int]] = []
+        """Calibration tokens and input columns of each layer that any reached."""
         self.unseen: list[str] = []
         self.damped: dict[str, float] = {}
 
@@ -376,18 +383,13 @@ class _Report:
         self.loss += rounded.loss
         if not hessian.tokens:
             self.unseen += names
-        elif hessian.tokens < TOKENS_PER_COLUMN * width:
-            self.short += [(hessian.tokens, width)] * len(names)
+        else:
+            self.seen += [(hessian.tokens, width)] * len(names)
         if rounded.damping > self.percdamp:
             self.damped |= dict.fromkeys(names, rounded.damping)
 
     def tell(self, ctx: Context) -> None:
-        if self.short:
-            tokens, width = min(self.short, key=lambda pair: pair[0] / pair[1])
-            ctx.warn(
-                f"calibration is short for {len(self.short)} layers (worst: {tokens} tokens for {width} "
-                f"inputs; {TOKENS_PER_COLUMN} per input are advisable): it may be fitted to them alone"
-            )
+        warn_of_short_calibration(self.seen, ctx)
         if self.unseen:
             ctx.warn(
                 f"no calibration token reached {len(self.unseen)} layers, which are rounded to nearest "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -92,10 +93,16 @@ def check_calibration(model: LoadedModel, data: Calibration, ctx: Context) -> No
         return
     tokens = data.inputs.numel()
     widths = [int(layer.in_features) for layer in model.adapter.targets(model.module).values()]  # type: ignore[arg-type]
-    short = [width for width in widths if tokens < TOKENS_PER_COLUMN * width]
+    warn_of_short_calibration(((tokens, width) for width in widths), ctx)
+
+
+def warn_of_short_calibration(seen: Iterable[tuple[int, int]], ctx: Context) -> None:
+    """Warn where layers saw too little: ``seen`` has the calibration tokens and the input columns of each."""
+    short = [(tokens, width) for tokens, width in seen if tokens < TOKENS_PER_COLUMN * width]
     if short:
+        tokens, width = min(short, key=lambda pair: pair[0] / pair[1])
         ctx.warn(
-            f"calibration is short for {len(short)} layers (worst: {tokens} tokens for {max(short)} "
+            f"calibration is short for {len(short)} layers (worst: {tokens} tokens for {width} "
             f"inputs; {TOKENS_PER_COLUMN} per input are advisable): it may be fitted to them alone"
         )
 
