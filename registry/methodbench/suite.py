@@ -155,6 +155,17 @@ class Suite(Strict):
         comparisons = [one.model_copy(update={"seeds": enough(one.seeds)}) for one in self.comparisons]
         return self.model_copy(update={"comparisons": comparisons})
 
+    def with_settings(self, settings: Mapping[str, Any]) -> Suite:
+        """Return the suite with these fields in each comparison; models only where a comparison names some."""
+
+        def chosen(own: Comparison) -> Comparison:
+            left_out = () if own.models else ("models",)
+            return own.model_copy(
+                update={key: value for key, value in settings.items() if key not in left_out}
+            )
+
+        return self.model_copy(update={"comparisons": [chosen(one) for one in self.comparisons]})
+
     @model_validator(mode="before")
     @classmethod
     def _is_mapping(cls, value: Any) -> Any:

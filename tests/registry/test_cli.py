@@ -103,6 +103,22 @@ def test_run_results_show_compare_status_and_plan_work_together(cli: Cli) -> Non
     assert "wins" in out
 
 
+def test_options_take_the_place_of_what_a_suite_says(cli: Cli) -> None:
+    own = json.loads(cli("plan", "toy-suite", "--json")[1])["cells"]
+    options = ("--seed", "7", "--device", "cuda", "--dtype", "float64", "--threads", "3")
+    chosen = json.loads(cli("plan", "toy-suite", *options, "--json")[1])["cells"]
+    assert 0 < len(chosen) < len(own), "one seed where the suite has several"
+    for field, value in {"seed": 7, "device_class": "cuda", "dtype": "float64", "threads": 3}.items():
+        assert {cell["identity"][field] for cell in chosen} == {value}
+        assert {cell["identity"][field] for cell in own} != {value}
+    settings = {(cell["identity"]["method"], str(cell["identity"]["method_params"])) for cell in own}
+    assert {
+        (cell["identity"]["method"], str(cell["identity"]["method_params"])) for cell in chosen
+    } == settings
+    models = json.loads(cli("plan", "toy-suite", "--model", "planted-decoder", "--json")[1])["cells"]
+    assert {cell["identity"]["model"] for cell in models} <= {"planted-decoder", "", None}
+
+
 def test_the_command_of_a_record_runs_that_record_again(cli: Cli) -> None:
     assert (
         cli(
@@ -144,6 +160,8 @@ def test_a_failed_cell_makes_exit_code_1_and_its_reason_is_shown(cli: Cli) -> No
         (("run", "toy-siute"), "Did you mean toy-suite"),
         (("run",), "Give a suite"),
         (("run", "toy-suite", "--method", "noop"), "not both"),
+        (("run", "toy-suite", "--param", "value=1"), "--param belongs to --method and --task"),
+        (("run", "toy-suite", "--device", "tpu"), "device = 'tpu'"),
         (("run", "--method", "nop", "--task", "toy-value"), "Did you mean noop"),
         (
             ("run", "--method", "noop", "--param", "value=11", "--task", "toy-value"),

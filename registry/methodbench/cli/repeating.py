@@ -48,7 +48,7 @@ def why(what: tuple[str, ...], db: str | None, as_json: bool, **chosen: Any) -> 
         if len(what) == 1 and re.fullmatch(r"[0-9a-f]{4,64}", what[0]) and what[0] not in known.suites:
             answers = [explain_run(store.run_or_cell(what[0]), store, known)]
         else:
-            plan = api.plan(wanted_suites(what, chosen), catalog=known)
+            plan = api.plan(wanted_suites(what, chosen, known), catalog=known)
             answers = [explain(cell, store) for cell in plan.cells]
     if as_json:
         echo_json([_answer(answer) for answer in answers])

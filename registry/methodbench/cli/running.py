@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from methodbench.engine.plan import Plan
     from methodbench.engine.sequential import Decisions
     from methodbench.store import Store
+    from methodbench.suite import Suite
 
 
 def _yaml_value(text: str) -> Any:
@@ -75,24 +76,22 @@ def cell_options(function: Any) -> Any:
             type=click.IntRange(min=0),
             help="A seed; repeatable.  [default: 0]",
         ),
-        click.option("--dtype", default="float32", show_default=True, help="Floating-point type."),
-        click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N."),
+        click.option("--dtype", help="Floating-point type.  [default: float32]"),
+        click.option("--device", help="cpu, cuda or cuda:N.  [default: cpu]"),
         click.option(
             "--threads",
             type=click.IntRange(min=1),
             help="CPU threads of a cell, part of its identity.  [default: the task's own]",
         ),
-        click.option(
-            "--timeout",
-            type=float,
-            default=3600,
-            show_default=True,
-            help="Seconds after which a cell is killed.",
-        ),
+        click.option("--timeout", type=float, help="Seconds after which a cell is killed.  [default: 3600]"),
     ]
     for option in reversed(options):
         function = option(function)
     return function
+
+
+#: Options that describe every cell, by the field of a comparison that they set.
+_OF_EVERY_CELL = ("models", "seeds", "dtype", "device", "threads", "timeout")
 
 
 class _Span(click.ParamType):
@@ -124,13 +123,28 @@ _memory_option = click.option(
 )
 
 
-def wanted_suites(suites: tuple[str, ...], chosen: dict[str, Any]) -> list[Any]:
-    """Return the suites named on the command line, or one made of the options."""
-    if suites and (chosen["methods"] or chosen["tasks"]):
-        raise click.UsageError("Give suites, or --method and --task, not both.")
+def wanted_suites(suites: tuple[str, ...], chosen: dict[str, Any], catalog: Catalog) -> list[Suite]:
+    """Return the suites named on the command line, or one made of the options.
+
+    With suites, models, seeds, type, device, threads and time limit take the place of those in every comparison.
+    """
+    from methodbench.suite import load_suite
+
+    set_here = {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in chosen.items()
+        if value not in ((), None)
+    }
+    of_cells = {name: set_here[name] for name in _OF_EVERY_CELL if name in set_here}
     if suites:
-        return list(suites)
-    if not chosen["methods"] or not chosen["tasks"]:
+        if "methods" in set_here or "tasks" in set_here:
+            raise click.UsageError("Give suites, or --method and --task, not both.")
+        for name, option in (("params", "--param"), ("task_params", "--task-param")):
+            if name in set_here:
+                raise click.UsageError(f"{option} belongs to --method and --task: a suite says its own.")
+        loaded = (load_suite(name, catalog) for name in suites)
+        return [_validated(suite.with_settings(of_cells).model_dump()) for suite in loaded]
+    if "methods" not in set_here or "tasks" not in set_here:
         raise click.UsageError("Give a suite (see `methodbench list suites`), or --method and --task.")
     from methodbench.composition import split_use
 
@@ -140,16 +154,8 @@ def wanted_suites(suites: tuple[str, ...], chosen: dict[str, Any]) -> list[Any]:
         method, preset = split_use(name)
         methods.append({"name": method, "presets": [preset] if preset else [], "params": params})
     task_params = _assignments(chosen["task_params"], "--task-param")
-    comparison = {
-        "methods": methods,
-        "models": list(chosen["models"]),
-        "tasks": [{"name": name, "params": task_params} for name in chosen["tasks"]],
-        "seeds": list(chosen["seeds"]) or [0],
-        "dtype": chosen["dtype"],
-        "device": chosen["device"],
-        "threads": chosen["threads"],
-        "timeout": chosen["timeout"],
-    }
+    tasks = [{"name": name, "params": task_params} for name in chosen["tasks"]]
+    comparison = {"methods": methods, "tasks": tasks, **of_cells}
     return [_validated({"name": "command-line", "comparisons": [comparison]})]
 
 
@@ -193,7 +199,7 @@ def plan(
     from methodbench.store.location import default_url
 
     known = get_catalog()
-    made = api.plan(wanted_suites(suites, chosen), catalog=known)
+    made = api.plan(wanted_suites(suites, chosen, known), catalog=known)
     done, before = {}, {}
     url = db or default_url()
     if "://" in url or Path(url).exists():
@@ -357,7 +363,9 @@ def run(
 ) -> int:
     """Run what is missing of SUITES (names or files), or the cells that the options describe.
 
-    Cells that have a record already are not run again, failures included (see --retry).
+    With SUITES, options such as --model and --device take the place of what
+    the suites say. Cells that have a record already are not run again,
+    failures included (see --retry).
     """
     from methodbench import api
     from methodbench.cli.progress import reporter
@@ -375,7 +383,7 @@ def run(
         "executor": executor, "address": address, "cores": cores, "memory_limit": limit, "batch": batch,
         "retry": retry, "reporter": reporter(quiet=as_json),
     }  # fmt: skip
-    wanted = wanted_suites(suites, chosen)
+    wanted = wanted_suites(suites, chosen, known)
     with terminate_like_interrupt():
         if until_decided:
             decisions = api.run_until_decided(
