@@ -158,6 +158,11 @@ class Table:
     def rows(self) -> list[Row]:
         return [*self.baselines, *(row for group in self.groups for row in group.rows)]
 
+    @property
+    def largest(self) -> Group:
+        """The group with the most rows, the first of several; what speaks for the table where only one can."""
+        return max(self.groups, key=lambda group: len(group.rows), default=Group("", []))
+
 
 @dataclass(frozen=True, slots=True)
 class Missing:

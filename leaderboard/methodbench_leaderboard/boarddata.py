@@ -71,7 +71,7 @@ def write_table(
                 scores.append(cell.primary.scores.astype("<f8"))
                 at += cell.primary.scores.size
             cells.append(said)
-    document = {"rows": rows, "questions": questions, "cells": cells}
+    document = {"rows": rows, "questions": questions, "cells": cells, "largest": table.largest.positions}
     text = json.dumps(_plain(document), allow_nan=False, separators=(",", ":"))
     numbers = np.concatenate(scores) if scores else np.empty(0, dtype="<f8")
     shuffled = numbers.view(np.uint8).reshape(-1, 8).T.tobytes()

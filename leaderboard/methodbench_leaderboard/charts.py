@@ -147,6 +147,8 @@ class Point:
     quality: float
     baseline: bool = False
     simulated: bool = False
+    compared: bool = True
+    """Whether it may be on the front; False for what is not to be compared with the rest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,15 +184,11 @@ def pareto_chart(
     points: Sequence[Point],
     *,
     lower_is_better: bool,
-    joined: bool = True,
     width: float = 560,
     height: float = 330,
     sketch: bool = False,
 ) -> ParetoChart | None:
-    """Lay out quality against cost; None where fewer than two points or only one cost can be drawn.
-
-    The front is left out unless the points are ``joined``: some are not to be compared with one another.
-    """
+    """Lay out quality against cost; None where fewer than two points or only one cost can be drawn."""
     drawn = [point for point in points if math.isfinite(point.cost) and math.isfinite(point.quality)]
     if len(drawn) < 2:
         return None
@@ -207,9 +205,10 @@ def pareto_chart(
     if x is None or y is None:
         return None
     sign = 1.0 if lower_is_better else -1.0
-    best = pareto_front(np.array([[point.cost, sign * point.quality] for point in drawn], dtype=np.float64))
-    if not joined:
-        best = np.zeros(len(drawn), dtype=np.bool_)
+    best = np.array([point.compared for point in drawn])
+    best[best] = pareto_front(
+        np.array([[point.cost, sign * point.quality] for point in drawn if point.compared], dtype=np.float64)
+    )
     spots = [(x(point.cost), y(point.quality)) for point in drawn]
     on = sorted(spot for spot, front in zip(spots, best, strict=True) if front)
     path = ""

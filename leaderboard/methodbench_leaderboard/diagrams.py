@@ -158,16 +158,16 @@ class HeatCell:
 def shades(cells: Sequence[HeatCell | None], lower_is_better: bool) -> list[str]:
     """Return the shade of each cell of one task.
 
-    Where there are differences to a baseline, shades grow with them on both sides of zero, as far as the largest that
-    is not an outlier; what diverged is worst, and what has no difference is in the middle. Else shades follow the place
-    among the values.
+    Where there are differences to a baseline, shades grow with them on both sides of zero, as far as twice their median
+    size: a few that are huge leave the rest its shades. What diverged is worst, and what has no difference is in the
+    middle. Else shades follow the place among the values.
     """
     found = ["none"] * len(cells)
     known = [(i, cell) for i, cell in enumerate(cells) if cell is not None and not math.isnan(cell.value)]
     differences = [cell.difference for _, cell in known if cell.difference is not None]
     if differences:
         sizes = np.abs([value for value in differences if abs(value) <= LARGEST])
-        reach = float(np.quantile(sizes, 0.9)) if sizes.size else 0.0
+        reach = 2 * float(np.median(sizes)) if sizes.size else 0.0
         for i, cell in known:
             if math.isinf(cell.value):
                 found[i] = f"{'w' if (cell.value > 0) == lower_is_better else 'b'}{SHADES}"
@@ -205,7 +205,7 @@ def heat_map(
     left = 16 + CHARACTER * min(28, max(map(len, shown)))
     width, height = 78.0, 26.0
     # Names of tasks are slanted, so that they need no more width than their column.
-    top = 20 + 0.72 * CHARACTER * min(24, max(len(name) for name, _ in columns))
+    top = 20 + 0.72 * CHARACTER * min(40, max(len(name) for name, _ in columns))
     squares = [
         Square(
             left + width * c, top + height * r, by_column[c][r],
@@ -215,7 +215,7 @@ def heat_map(
         for c in range(len(columns))
         for cell in [cells[r][c]]
     ]  # fmt: skip
-    reach = 0.72 * CHARACTER * min(24, len(columns[-1][0]))
+    reach = 0.72 * CHARACTER * min(40, len(columns[-1][0]))
     return HeatMap(
         left + width * len(columns) + max(8.0, reach - width / 2),
         top + height * len(shown) + 4,

@@ -432,7 +432,7 @@ class _Site:
         )
         first = lead.questions[0].question
         sketch, cost_label = _pareto(lead.table, first, sketch=True)
-        largest = max(lead.table.groups, key=lambda group: len(group.rows), default=Group("", []))
+        largest = lead.table.largest
         ranks = {
             row.key: cell.rank
             for row in largest.rows
@@ -984,6 +984,7 @@ def _pareto(
     if question.metric is None or not question.model:
         return None, ""
     size = {"width": 240.0, "height": 96.0} if sketch else {}
+    compared = {row.key for row in [*table.baselines, *table.largest.rows]}
     for name, label in _COSTS:
         points = []
         for row in table.rows:
@@ -1002,12 +1003,12 @@ def _pareto(
                     cell.primary.value,
                     row.baseline,
                     simulated,
+                    row.key in compared,
                 )
             )
         chart = charts.pareto_chart(
             points,
             lower_is_better=question.metric.lower_is_better,
-            joined=len(table.groups) < 2,
             sketch=sketch,
             **size,
         )

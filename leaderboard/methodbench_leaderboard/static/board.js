@@ -236,12 +236,12 @@
       points.push({
         label: row.label, path: section.table.dataset.root + cell.path, cost: cost === undefined ? NaN : cost,
         quality: quality.value, baseline: row.baseline, simulated: cell.simulated,
+        compared: row.baseline || row.positions === data.largest,
       });
     });
-    const groups = new Set(data.rows.filter((row) => !row.baseline).map((row) => row.positions));
     const svg = charts.pareto(points, lower, {
       x: x.selectedOptions[0].textContent, y: label, better: lower ? "lower is better" : "higher is better",
-    }, groups.size < 2);
+    });
     const place = figure.querySelector("svg.chart");
     if (svg) {
       svg.dataset.name = place.dataset.name;

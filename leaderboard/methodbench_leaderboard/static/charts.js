@@ -85,8 +85,9 @@
     return svg;
   }
 
-  // Quality against cost. points: {label, path, cost, quality, baseline, simulated}. Null where it would show nothing.
-  function pareto(points, lower, labels, joined) {
+  // Quality against cost. points: {label, path, cost, quality, baseline, simulated, compared}. Null where it would show
+  // nothing. Only what is compared may be on the front.
+  function pareto(points, lower, labels) {
     const drawn = points.filter((point) => Number.isFinite(point.cost) && Number.isFinite(point.quality));
     if (drawn.length < 2) return null;
     const box = { left: 56, right: 544, top: 26, bottom: 284 };
@@ -94,16 +95,18 @@
     const y = makeScale(drawn.map((point) => point.quality), lower ? box.top : box.bottom, lower ? box.bottom : box.top, 12);
     if (!x || !y) return null;
     const sign = lower ? 1 : -1;
-    const best = window.methodbenchStats.paretoFront(drawn.map((point) => [point.cost, sign * point.quality]));
-    drawn.forEach((point, n) => {
+    const compared = drawn.filter((point) => point.compared);
+    const best = window.methodbenchStats.paretoFront(compared.map((point) => [point.cost, sign * point.quality]));
+    const front = compared.filter((point, n) => best[n]);
+    for (const point of drawn) {
       point.x = x(point.cost);
       point.y = y(point.quality);
-      point.on = joined && best[n];
-    });
+      point.on = front.includes(point);
+    }
+    front.sort((a, b) => a.x - b.x || a.y - b.y);
     const words = (point) => point.label + ": " + number(point.quality) + " at " + number(point.cost) + (point.simulated ? " (simulated)" : "");
     const svg = frame("group", box, x, y, labels, labels.y + " against " + labels.x,
       "The better end of the vertical axis is at the top. " + drawn.map(words).join(". ") + ".");
-    const front = drawn.filter((point) => point.on).sort((a, b) => a.x - b.x || a.y - b.y);
     if (front.length > 1) {
       svg.append(drawing("path", { class: "front", d: "M" + front[0].x + "," + front[0].y
         + front.slice(1).map((point) => "H" + point.x + "V" + point.y).join("") }));
@@ -273,7 +276,7 @@
     const known = cells.filter((cell) => cell && !Number.isNaN(cell.value));
     const differences = known.flatMap((cell) => (cell.better === undefined ? [] : [Math.abs(cell.better)]));
     if (differences.length) {
-      const sizes = differences.filter((size) => size <= LARGEST), reach = sizes.length ? quantile(sizes, 0.9) : 0;
+      const sizes = differences.filter((size) => size <= LARGEST), reach = sizes.length ? 2 * quantile(sizes, 0.5) : 0;
       return cells.map((cell) => {
         if (!known.includes(cell)) return "none";
         if (!Number.isFinite(cell.value)) return ((cell.value > 0) === lower ? "w" : "b") + SHADES;
@@ -292,12 +295,12 @@
     if (labels.length < 2 || columns.length < 2) return null;
     const shown = labels.slice(0, MOST_LINES), byColumn = columns.map(({ lower }, c) => shades(cells.map((line) => line[c]), lower));
     const left = 16 + CHARACTER * Math.min(28, Math.max(...shown.map((label) => label.length))), width = 78, height = 26;
-    const top = 20 + 0.72 * CHARACTER * Math.min(24, Math.max(...columns.map((column) => column.name.length)));
-    const reach = 0.72 * CHARACTER * Math.min(24, columns[columns.length - 1].name.length);
+    const top = 20 + 0.72 * CHARACTER * Math.min(40, Math.max(...columns.map((column) => column.name.length)));
+    const reach = 0.72 * CHARACTER * Math.min(40, columns[columns.length - 1].name.length);
     const whole = left + width * columns.length + Math.max(8, reach - width / 2);
     const svg = picture("group", whole, top + height * shown.length + 4, "Methods by tasks",
       "Values of " + shown.length + " configurations on " + columns.length + " tasks, as in the table above.", { class: "chart heat", width: whole });
-    columns.forEach((column, c) => svg.append(name(column.name, 24, {
+    columns.forEach((column, c) => svg.append(name(column.name, 40, {
       transform: "translate(" + (left + width * (c + 0.5) - 6) + " " + (top - 6) + ") rotate(-40)" })));
     shown.forEach((label, r) => {
       svg.append(name(label, 28, { class: "name end", x: left - 8, y: top + height * r + 17 }));
