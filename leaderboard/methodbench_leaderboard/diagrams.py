@@ -158,16 +158,16 @@ class HeatCell:
 def shades(cells: Sequence[HeatCell | None], lower_is_better: bool) -> list[str]:
     """Return the shade of each cell of one task.
 
-    Where there are differences to a baseline, shades grow with them on both sides of zero, as far as twice their median
-    size: a few that are huge leave the rest its shades. What diverged is worst, and what has no difference is in the
-    middle. Else shades follow the place among the values.
+    Where there are differences to a baseline, shades grow with them on both sides of zero, as far as the largest that
+    is not an outlier, and twice their median size at most: a few that are huge leave the rest its shades. What diverged
+    is worst, and what has no difference is in the middle. Else shades follow the place among the values.
     """
     found = ["none"] * len(cells)
     known = [(i, cell) for i, cell in enumerate(cells) if cell is not None and not math.isnan(cell.value)]
     differences = [cell.difference for _, cell in known if cell.difference is not None]
     if differences:
         sizes = np.abs([value for value in differences if abs(value) <= LARGEST])
-        reach = 2 * float(np.median(sizes)) if sizes.size else 0.0
+        reach = min(float(np.quantile(sizes, 0.9)), 2 * float(np.median(sizes))) if sizes.size else 0.0
         for i, cell in known:
             if math.isinf(cell.value):
                 found[i] = f"{'w' if (cell.value > 0) == lower_is_better else 'b'}{SHADES}"

@@ -106,3 +106,14 @@ def test_a_histogram_counts_every_score_that_can_be_drawn(values):
     if chart is not None:
         assert sum(bar.count for bar in chart.bars) == len(drawable)
         assert chart.left_out == len(values) - len(drawable)
+
+
+def test_what_is_not_compared_is_never_on_the_front():
+    apart = charts.Point("apart", "run", 2, 10, compared=False)
+    chart = charts.pareto_chart([*_points((3, 40), (4, 30), (4, 35)), apart], lower_is_better=True)
+    assert chart is not None
+    assert sorted((mark.point.cost, mark.point.quality) for mark in chart.marks if mark.on_front) == [
+        (3, 40),
+        (4, 30),
+    ]
+    assert any(mark.point is apart for mark in chart.marks)

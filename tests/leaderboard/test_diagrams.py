@@ -61,6 +61,12 @@ def test_shades_grow_with_the_difference_to_the_baseline():
     assert diagrams.shades(cells, lower_is_better=True) == ["m", "b3", "w3", "w1", "w3", "none"]
 
 
+def test_a_few_huge_differences_leave_the_rest_its_shades():
+    values = [12.0, 16.0, 40.0, 70.0, 1e6, 2e6]
+    cells = [HeatCell(10.0, None, "base"), *(HeatCell(value, 10.0 - value, str(value)) for value in values)]
+    assert diagrams.shades(cells, lower_is_better=True) == ["m", "m", "m", "w1", "w2", "w3", "w3"]
+
+
 def test_shades_follow_places_where_there_is_no_baseline():
     cells = [HeatCell(float(value), None, "run") for value in range(7)]
     assert diagrams.shades(cells, lower_is_better=True) == ["b3", "b2", "b1", "m", "w1", "w2", "w3"]

@@ -276,7 +276,7 @@
     const known = cells.filter((cell) => cell && !Number.isNaN(cell.value));
     const differences = known.flatMap((cell) => (cell.better === undefined ? [] : [Math.abs(cell.better)]));
     if (differences.length) {
-      const sizes = differences.filter((size) => size <= LARGEST), reach = sizes.length ? 2 * quantile(sizes, 0.5) : 0;
+      const sizes = differences.filter((size) => size <= LARGEST), reach = sizes.length ? Math.min(quantile(sizes, 0.9), 2 * quantile(sizes, 0.5)) : 0;
       return cells.map((cell) => {
         if (!known.includes(cell)) return "none";
         if (!Number.isFinite(cell.value)) return ((cell.value > 0) === lower ? "w" : "b") + SHADES;
