@@ -1,4 +1,4 @@
-"""Entries of the vision plugin: image models, image accuracy, explainers and their tasks."""
+"""Entries of the vision plugin: image models, image accuracy, explainers, weakly supervised methods, their tasks."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from methodbench_vision.methods import METHODS
 from methodbench_vision.models.entries import MODELS, model_named
 from methodbench_vision.tasks.entries import TASKS as ACCURACY_TASKS
 from methodbench_vision.tasks.explainer_entries import TASKS as EXPLAINER_TASKS
+from methodbench_vision.tasks.weak_entries import TASKS as WEAK_TASKS
+from methodbench_vision.weak_methods import METHODS as WEAK_METHODS
 
 
 @hookimpl
@@ -23,7 +25,7 @@ def methodbench_families() -> list[Family]:
 
 @hookimpl
 def methodbench_methods() -> list[Method]:
-    return METHODS
+    return [*METHODS, *WEAK_METHODS]
 
 
 @hookimpl
@@ -33,7 +35,7 @@ def methodbench_models() -> list[Model]:
 
 @hookimpl
 def methodbench_tasks() -> list[Task]:
-    return [*ACCURACY_TASKS, *EXPLAINER_TASKS]
+    return [*ACCURACY_TASKS, *EXPLAINER_TASKS, *WEAK_TASKS]
 
 
 @hookimpl

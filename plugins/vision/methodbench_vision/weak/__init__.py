@@ -1,0 +1,1 @@
+"""Masks learned from weak labels: classes of whole pictures, or one point per object."""
