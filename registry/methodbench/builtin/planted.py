@@ -136,7 +136,7 @@ class PlantedMasks:
     def evaluate(self, method: Any, model: LoadedModel | None, ctx: Context) -> Evaluation:
         seen = planted.evidence_images(self.images, ctx.seed + 1)
         fresh = planted.evidence_images(self.units, ctx.seed + 2)
-        predictor = method.fit({"images": seen.images, "labels": seen.labels}, ctx)
+        predictor = method.fit(planted.weak_labels(seen), ctx)
         truth = fresh.masks * (fresh.labels + 1)[:, None, None]
         overlap = planted.intersection_over_union(predictor(fresh.images), truth)
         return Evaluation(scores={"iou": Scores(overlap.numpy())})

@@ -259,6 +259,15 @@ def evidence_images(count: int, seed: int) -> Evidence:
     return Evidence(images, labels, masks[0], masks[1])
 
 
+def weak_labels(seen: Evidence) -> dict[str, object]:
+    """Return what a segmenter may learn from: images, their classes, and the middle of each labelled patch."""
+    points = []
+    for mask in seen.masks:
+        rows, columns = mask.nonzero().float().mean(0)
+        points.append(torch.stack([columns, rows])[None])
+    return {"images": seen.images, "labels": seen.labels, "points": points}
+
+
 class EvidenceNet(nn.Module):
     """Two convolutions, global mean and a Linear, with weights that are written down instead of trained.
 

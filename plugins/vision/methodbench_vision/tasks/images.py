@@ -24,10 +24,10 @@ from methodbench.torchkit.model import Preprocess
 SHAPES_CLASSES = ("vertical", "horizontal", "rising", "falling")
 SHAPES_SIZE = 64
 
-_STRIPE_ANGLES = np.deg2rad([0.0, 90.0, 45.0, -45.0])
-_STRIPE_FREQUENCY = 1.8
-_OCTAVES = (4, 8, 16, 32)
-_BODY = np.array([0.62, 0.48, 0.36], dtype=np.float32)
+STRIPE_ANGLES = np.deg2rad([0.0, 90.0, 45.0, -45.0])
+STRIPE_FREQUENCY = 1.8
+OCTAVES = (4, 8, 16, 32)
+BODY = np.array([0.62, 0.48, 0.36], dtype=np.float32)
 _RAIL_ROWS = slice(50, 56)
 _SPLITS = {"train": 0, "test": 1}
 
@@ -132,16 +132,16 @@ def _draw(split: str, seed: int, index: int, rail_probability: float, head_from:
     context = np.zeros_like(ellipse)
     context[_RAIL_ROWS] = has_rail
 
-    angle = _STRIPE_ANGLES[label]
+    angle = STRIPE_ANGLES[label]
     phase = random.uniform(0, 2 * np.pi)
-    stripes = np.sin(_STRIPE_FREQUENCY * (x * np.cos(angle) + y * np.sin(angle)) + phase) > 0
+    stripes = np.sin(STRIPE_FREQUENCY * (x * np.cos(angle) + y * np.sin(angle)) + phase) > 0
     texture = 0.06 * np.sin(0.9 * along) * np.sin(0.9 * across)
     surface = np.where(head, np.where(stripes, 1.4, 0.6), 1.0 + texture).astype(np.float32)
     return _Drawing(
         object=ellipse,
         head=head,
         context=context & ~ellipse,
-        grids=[random.standard_normal((3, side, side), dtype=np.float32) for side in _OCTAVES],
+        grids=[random.standard_normal((3, side, side), dtype=np.float32) for side in OCTAVES],
         surface=surface,
         noise=0.02 * random.standard_normal((3, SHAPES_SIZE, SHAPES_SIZE), dtype=np.float32),
     )
@@ -150,11 +150,7 @@ def _draw(split: str, seed: int, index: int, rail_probability: float, head_from:
 def _render(drawn: Sequence[_Drawing]) -> Tensor:
     """Return float32 [n, 3, 64, 64] in [0, 1]: background, rail, object, noise, in this order."""
     size = (SHAPES_SIZE, SHAPES_SIZE)
-    background = torch.zeros(len(drawn), 3, *size)
-    for octave, side in enumerate(_OCTAVES):
-        grid = torch.from_numpy(np.stack([image.grids[octave] for image in drawn]))
-        background += F.interpolate(grid, size, mode="bicubic", align_corners=False) / side**0.5
-    images = 0.42 + 0.12 * background
+    images = background([image.grids for image in drawn])
 
     rows = torch.zeros(size, dtype=torch.bool)
     rows[_RAIL_ROWS.start : _RAIL_ROWS.start + 2] = True
@@ -164,9 +160,23 @@ def _render(drawn: Sequence[_Drawing]) -> Tensor:
 
     surface = torch.from_numpy(np.stack([image.surface for image in drawn]))
     objects = torch.from_numpy(np.stack([image.object for image in drawn]))
-    body = torch.from_numpy(_BODY)[None, :, None, None] * surface[:, None]
+    body = torch.from_numpy(BODY)[None, :, None, None] * surface[:, None]
     images = torch.where(objects[:, None], body, images)
     return (images + torch.from_numpy(np.stack([image.noise for image in drawn]))).clamp(0, 1)
+
+
+def background(grids: Sequence[Sequence[np.ndarray]], size: tuple[int, int] = (64, 64)) -> Tensor:
+    """Return noise of several octaves around 0.42, float32 [n, C, *size].
+
+    Args:
+        grids: per image, one grid float32 [C, side, side] for each of :data:`OCTAVES`.
+        size: height and width.
+    """
+    noise = torch.zeros(len(grids), len(grids[0][0]), *size)
+    for octave, side in enumerate(OCTAVES):
+        grid = torch.from_numpy(np.stack([image[octave] for image in grids]))
+        noise += F.interpolate(grid, size, mode="bicubic", align_corners=False) / side**0.5
+    return 0.42 + 0.12 * noise
 
 
 def _box(mask: np.ndarray) -> np.ndarray:

@@ -26,8 +26,10 @@ from methodbench.torchkit.model import LoadedModel
 from methodbench_vision.models.shapes_cnn import PREPROCESS
 from methodbench_vision.tasks.images import normalize, procedural_images
 from methodbench_vision.tasks.localization import pointing
+from methodbench_vision.tasks.scenes import scenes
 from methodbench_vision.tasks.wsol import (
     DELTAS,
+    IGNORED,
     best_ious,
     hits,
     pixel_average_precision,
@@ -131,3 +133,112 @@ def _checked(predictor: Seeds, x: Tensor) -> tuple[Tensor, Tensor]:
             f"maps are {tuple(maps.shape)}, not finite [N, K, H, W] as large as the picture"
         )
     return maps, scores
+
+
+@hyperparameters
+class SeedSegmentation:
+    """Sets of classes to learn from; seeds of test pictures whose set of classes is known. The unit is one picture.
+
+    The threshold is the best one on the pictures that are scored, as IRN and MCTformer have it for the seeds of their
+    training pictures; ``image-miou`` is the mean over pictures, and over the classes that truth or seed have, at that
+    threshold.
+    """
+
+    images: _Images = 300
+    train_images: _Train = 2000
+    image_seed: _Seed = 0
+    together: Annotated[
+        float, Field(ge=0, le=1, description="how often an object's neighbour is of its companion class")
+    ] = 0.8
+    head_from: Annotated[
+        float,
+        Field(gt=-1, lt=1, description="where the part that tells the class begins along the long axis"),
+    ] = 0.0
+    threshold_step: Annotated[float, Field(gt=0, le=0.3, description="distance of background scores")] = 0.02
+    threshold_end: Annotated[float, Field(gt=0, le=1, description="background scores end before it")] = 0.9
+
+    def evaluate(self, method: Segmenter, model: LoadedModel | None, ctx: Context) -> Evaluation:
+        """Train the method, cut its maps at every threshold, score the labels.
+
+        Raises:
+            NotApplicableError: the method learns from other labels, or hands back no maps.
+        """
+        drawn = {"together": self.together, "head_from": self.head_from}
+        seen = scenes(self.image_seed, self.train_images, split="train", **drawn)
+        data = scenes(self.image_seed, self.images, split="test", **drawn)
+        with ctx.phase("fit"):
+            weak = {"images": normalize(seen.images, PREPROCESS), "labels": seen.labels}
+            predictor = seeds_of(method.fit(weak, ctx))
+        maps, scores = _checked(predictor, normalize(data.images, PREPROCESS))
+        thresholds = np.arange(0, self.threshold_end, self.threshold_step)
+        truth, present = data.masks.numpy(), data.labels.numpy()
+        tables = confusions(maps.double().numpy(), present, truth, thresholds)
+        pooled = miou(tables.sum(1))
+        best = int(pooled.argmax())
+        right = ((scores > 0) == data.labels).double().mean(1)
+        unions = tables[best].sum(0)
+        hit, wanted, drawn_ = _parts(unions)
+        union = (wanted + drawn_ - hit)[1:].sum()
+        return Evaluation(
+            scores={
+                "seed-miou": Scores(pooled[best : best + 1]),
+                "image-miou": Scores(np.array([miou(table[None])[0] for table in tables[best]])),
+                "wrong-class": Scores(np.array([_wrong_class(table) for table in tables[best]])),
+                "over-activation": Scores(((drawn_ - hit)[1:].sum() / union)[None]),
+                "under-activation": Scores(((wanted - hit)[1:].sum() / union)[None]),
+                "classification": Scores(right.numpy()),
+            },
+            series={"seed-miou-by-threshold": pooled},
+            facts={
+                "images": self.images,
+                "train_images": self.train_images,
+                "best_threshold": float(thresholds[best]),
+                "foreground_share": float((truth > 0).mean()),
+                "data_digest": hashlib.sha256(data.images.numpy().tobytes()).hexdigest(),
+            },
+        )
+
+
+def confusions(
+    maps: np.ndarray, present: np.ndarray, truth: np.ndarray, thresholds: np.ndarray
+) -> np.ndarray:
+    """Return the confusion tables int64 [thresholds, n, K + 1, K + 1], truth by prediction.
+
+    Args:
+        maps: [n, K, H, W] in [0, 1]; of the classes that are not present nothing is drawn.
+        present: bool [n, K].
+        truth: 0 for the background, k + 1 for class k, :data:`methodbench_vision.tasks.wsol.IGNORED` for neither.
+        thresholds: scores of the background, which wins ties.
+    """
+    held = np.where(present[:, :, None, None].astype(bool), maps, -1.0)
+    best, value = held.argmax(1) + 1, held.max(1)
+    count = maps.shape[1] + 1
+    known = truth != IGNORED
+    tables = np.zeros((len(thresholds), len(maps), count, count), dtype=np.int64)
+    for row, threshold in enumerate(thresholds):
+        predicted = np.where(value > threshold, best, 0)
+        for index in range(len(maps)):
+            pairs = count * truth[index][known[index]] + predicted[index][known[index]]
+            tables[row, index] = np.bincount(pairs, minlength=count**2).reshape(count, count)
+    return tables
+
+
+def miou(tables: np.ndarray) -> np.ndarray:
+    """Return the mean IoU [n] of confusion tables [n, K + 1, K + 1]; classes in neither truth nor seed are left out."""
+    hit, wanted, drawn = _parts(tables)
+    union = wanted + drawn - hit
+    shares = np.divide(hit, union, out=np.full(hit.shape, np.nan), where=union > 0)
+    return np.nanmean(shares, axis=-1)
+
+
+def _parts(tables: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return true positives, pixels of the truth and pixels of the prediction, per class."""
+    hit = np.diagonal(tables, axis1=-2, axis2=-1).astype(np.float64)
+    return hit, tables.sum(-1).astype(np.float64), tables.sum(-2).astype(np.float64)
+
+
+def _wrong_class(table: np.ndarray) -> float:
+    """Return the share of the objects' pixels that are labelled as another class; NaN without objects."""
+    objects = table[1:].sum()
+    wrong = table[1:, 1:].sum() - np.diagonal(table)[1:].sum()
+    return float(wrong / objects) if objects else float("nan")
