@@ -21,7 +21,7 @@ import polars as pl
 from jinja2 import Environment as Jinja
 from jinja2 import PackageLoader, StrictUndefined
 
-from methodbench import __version__
+from methodbench import __version__, pictures
 from methodbench.catalog import Catalog
 from methodbench.claims import VERDICTS, commands_for
 from methodbench.contract import check_record_of
@@ -50,6 +50,7 @@ from methodbench_leaderboard.aggregate import (
 )
 from methodbench_leaderboard.coverage import STATES, Coverage, make_coverage
 from methodbench_leaderboard.evidence import Evidence, counterparts, differing, sensitivities
+from methodbench_leaderboard.gallery import Gallery
 from methodbench_leaderboard.manifest import MARKER, Manifest, code_digest, key_of
 from methodbench_leaderboard.records import Records, metric_info
 
@@ -241,6 +242,7 @@ class _Site:
         self.catalog = catalog
         self.folder = folder
         self.evidence = Evidence(records, catalog)
+        self.gallery = Gallery(records, folder)
         self.table_keys: dict[int, str | None] = {}
         self.offered: list[str] = []
         """Names of the files in every page's footer."""
@@ -274,6 +276,7 @@ class _Site:
             verdicts=VERDICTS,
             badge=self.evidence.badge,
             differing=differing,
+            shades=[f"#{r:02x}{g:02x}{b:02x}" for r, g, b in pictures.SHADES],
             fidelities=FIDELITIES,
             records=records,
             version=__version__,
@@ -709,6 +712,7 @@ class _Site:
             "claims_problem": self.evidence.problem(name),
             "judged": judged,
             "chains": chains,
+            "galleries": self.gallery.of_method(name),
         }
         # What the tables say goes into the key by their digests.
         said = {key: repr(value) for key, value in view.items() if key not in ("results", "compared")}
@@ -740,6 +744,8 @@ class _Site:
     def _run_pages(self, on_boards: Mapping[str, str]) -> None:
         records = self.records
         for run in records.runs:
+            # A page that is taken over needs its files as well.
+            self.gallery.of_run(run.id)
             seal = records.seals[run.id]
             task = find_task(self.catalog, run.task)
             model = find_model(self.catalog, run.model) if run.model else None
@@ -767,6 +773,8 @@ class _Site:
             "board": board,
             "metrics": [(metric, metric_info(metric), _scores(metric)) for metric in metrics.get(run.id, ())],
             "curves": [(name, chart) for name, chart in curves if chart is not None],
+            "pictures": self.gallery.of_run(run_id),
+            "facts": {name: value for name, value in run.facts.items() if name != pictures.FACT},
             "environment": _environment_path(run.environment_digest) if known else "",
             "stale": records.stale.get(run.id, ""),
             "witnesses": records.witnesses.get(run.id, []),

@@ -15,8 +15,11 @@ import numpy as np
 import polars as pl
 from sqlalchemy import JSON, Row, Table, Text, select, type_coerce
 
+from methodbench import pictures
 from methodbench.store import MetricValue, Run, Series, Store, Witness
 
+#: Kinds of methods whose runs may keep pictures.
+_PICTURED = ("explainer", "segmenter")
 #: Runs whose metrics, curves or details are asked for at once.
 _CHUNK = 400
 _RUN: Table = Run.__table__  # type: ignore[attr-defined]
@@ -183,6 +186,16 @@ class Records:
         """Return the metrics of some runs by run, the primary one first."""
         return self._of_runs(MetricValue, _METRIC, run_ids, lambda row: (not row.primary, row.name))
 
+    @functools.cached_property
+    def pictures(self) -> dict[str, list[tuple[str, bytes, bytes]]]:
+        """Name, picture and overlay of the pictures that runs kept, by the run's id; only what holds up."""
+        query = select(_RUN.c.id, _RUN.c.facts[pictures.FACT]).where(
+            _RUN.c.status == "ok", _RUN.c.kind.in_(_PICTURED), _RUN.c.witness_of.is_(None)
+        )
+        with self._store.engine.connect() as connection:
+            found = {run_id: pictures.read(kept) for run_id, kept in connection.execute(query)}
+        return {run_id: kept for run_id, kept in found.items() if kept}
+
     def series(self, run_ids: Iterable[str]) -> dict[str, list[Series]]:
         """Return the curves of some runs by run."""
         return self._of_runs(Series, _SERIES, run_ids, lambda row: row.name)
@@ -273,8 +286,11 @@ def _as_lists(packed: pl.Series) -> pl.Series:
 
 
 def _document(row: dict[str, Any], json_names: Sequence[str], metrics: list[dict[str, Any]]) -> str:
-    """Write a run as JSON. Columns that hold JSON go in as they are, unless they hold numbers that JSON lacks."""
+    """Write a run as JSON, without pictures. JSON goes in as it is, unless it holds numbers that JSON lacks."""
     texts = {name: row.pop(name) for name in json_names if name in row}
+    if f'"{pictures.FACT}"' in (texts.get("facts") or ""):
+        facts = json.loads(texts["facts"])
+        texts["facts"] = json.dumps({name: value for name, value in facts.items() if name != pictures.FACT})
     row["started_at"] = utc(row["started_at"]).isoformat()
     row["metrics"] = metrics
     try:

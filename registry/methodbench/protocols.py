@@ -7,7 +7,7 @@ calls the one method of its kind. Nothing here imports torch at run time: the an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -160,6 +160,18 @@ class Scores:
 
 
 @dataclass(slots=True)
+class Shown:
+    """One picture and what a method made of it, for the pages of a run and a method."""
+
+    name: str
+    """The same for every method on the same task."""
+    picture: np.ndarray
+    """RGB, uint8 [H, W, 3]."""
+    map: np.ndarray
+    """[H, W] in [0, 1]."""
+
+
+@dataclass(slots=True)
 class Evaluation:
     """What a task returns."""
 
@@ -168,6 +180,8 @@ class Evaluation:
     """Named curves (loss per step, trajectory): float64 arrays [points]."""
     facts: Mapping[str, Any] = field(default_factory=dict)
     """What the protocol came to: token counts, data digest, chosen learning rate, layer names."""
+    pictures: Sequence[Shown] = ()
+    """A few of the pictures that maps were made of; the first :data:`methodbench.pictures.MOST` are kept."""
     throughput: tuple[float, str] | None = None
     """Units per second and their name, for example ``(812.0, "tokens/s")``."""
 

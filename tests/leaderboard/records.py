@@ -5,6 +5,7 @@ Scores are drawn from seeded generators; methods, models and tasks are invented.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -14,6 +15,8 @@ import numpy as np
 
 from methodbench.catalog import Catalog, load_catalog
 from methodbench.entries import Family, Method, Metric, Model, Paper, Task
+from methodbench.pictures import FACT, facts_of
+from methodbench.protocols import Shown
 from methodbench.stats import aggregate, bootstrap_interval
 from methodbench.store import Environment, MetricValue, Run, Series, Store, open_store
 
@@ -171,6 +174,17 @@ def _metric(run_id: str, name: str, scores: np.ndarray, primary: bool) -> Metric
     )  # fmt: skip
 
 
+def pictures(seed: int) -> list[dict[str, str]]:
+    """Return two kept pictures, the same for every seed but for the maps, and one that is no picture."""
+    colours, maps = np.random.default_rng(7), np.random.default_rng(seed)
+    drawn = [
+        Shown(name, colours.integers(0, 256, (24, 32, 3), dtype=np.uint8), maps.random((24, 32)))
+        for name in ("a hill", ATTRIBUTE)
+    ]
+    bad = base64.b64encode(b"<svg xmlns='http://www.w3.org/2000/svg' onload='alert(1)'/>").decode()
+    return [*facts_of(drawn), {"name": "bad", "picture": bad, "overlay": bad}]
+
+
 def fill(path: Path) -> Store:
     """Write the made-up runs to a new database at ``path``."""
     store = open_store(str(path))
@@ -276,9 +290,21 @@ def fill(path: Path) -> Store:
         "model": "tiny-cnn",
         "model_kind": "cnn",
     }
-    maker.run("noise", "insert", {"insertion": rng.random(30) * 0.5}, baseline=True, **vision)
     maker.run(
-        "glow", "insert", {"insertion": rng.random(30)}, series={"insertion": np.linspace(0, 1, 11)}, **vision
+        "noise",
+        "insert",
+        {"insertion": rng.random(30) * 0.5},
+        baseline=True,
+        facts={FACT: pictures(0)},
+        **vision,
+    )
+    maker.run(
+        "glow",
+        "insert",
+        {"insertion": rng.random(30)},
+        series={"insertion": np.linspace(0, 1, 11)},
+        facts={FACT: pictures(1), "steps": 10},
+        **vision,
     )
     maker.run("round", "insert", status="not-applicable", reason="round applies to causal-lm; tiny-cnn is a cnn",
               **{**vision, "kind": "compressor", "family": "shrink"})  # fmt: skip

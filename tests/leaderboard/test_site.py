@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from methodbench.errors import MethodbenchError
+from methodbench.pictures import checked
 from methodbench_leaderboard import build, downloads
 
 VOID = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"}
@@ -161,12 +162,45 @@ def test_hostile_strings_stay_text(read, made_up):
         for attributes in scripts:
             assert set(attributes) == {"src", "defer"}, path
             assert re.fullmatch(r"(\.\./)*static/[a-z]+\.js", attributes["src"]), path
-        assert not [tag for tag, _ in page.elements if tag in ("img", "iframe", "object", "embed")], path
+        assert not [tag for tag, _ in page.elements if tag in ("iframe", "object", "embed")], path
+        for attributes in (attributes for tag, attributes in page.elements if tag == "img"):
+            assert set(attributes) == {"class", "src", "width", "height", "alt"}, path
+            assert re.fullmatch(r"\.\./pictures/[0-9a-f]{24}\.png", attributes["src"]), path
         raw = page.path.read_text(encoding="utf-8")
         assert not set(raw) & {"\u202e", "\u2066", "\x07"}, path
     words = "".join(text for page in read.values() for _, text in page.texts)
     assert made_up.SCRIPT in words
     assert "\\u202e" in words
+
+
+def test_methods_show_the_same_pictures_side_by_side(site, read):
+    for method, other in (("glow", "noise"), ("noise", "glow")):
+        page = read[f"methods/{method}.html"]
+        found = [attributes for tag, attributes in page.elements if tag == "img"]
+        # Two pictures, and the maps of two methods on each.
+        assert len(found) == 6
+        assert len({attributes["src"] for attributes in found}) == 6
+        assert sum(f"map by {other}" in attributes["alt"] for attributes in found) == 2
+        assert all((attributes["width"], attributes["height"]) == ("32", "24") for attributes in found)
+    assert not any(tag == "img" for tag, _ in read["methods/round.html"].elements)
+
+
+def test_runs_show_their_pictures_and_keep_them_out_of_their_facts(site, store, read):
+    (run,) = (run for run in store.runs() if run.method == "glow" and run.status == "ok")
+    page = read[f"runs/{run.id}.html"]
+    assert sum(tag == "img" for tag, _ in page.elements) == 4
+    text = (site / f"runs/{run.id}.html").read_text()
+    assert run.facts["pictures"][0]["overlay"][:60] not in text
+    assert "steps" in text
+    assert "overlay" not in (site / "results.json").read_text()
+
+
+def test_files_of_pictures_are_pictures_and_nothing_else(site):
+    found = sorted((site / "pictures").iterdir())
+    assert len(found) == 6
+    for path in found:
+        assert path.suffix == ".png"
+        assert checked(path.read_bytes()) == (32, 24)
 
 
 def test_long_strings_are_cut_except_on_the_page_of_their_run(site, made_up):

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.random  # NumPy imports it on first use, which would be in every worker
 
-from methodbench import params, stats
+from methodbench import params, pictures, stats
 from methodbench.catalog import load_implementation
 from methodbench.context import Context
 from methodbench.engine.prepared import is_prepared, list_files
@@ -360,12 +360,13 @@ def _outcome(evaluation: Evaluation, facts: dict[str, Any], described: Mapping[s
             }
         )
     throughput = evaluation.throughput or (None, "")
+    kept = {pictures.FACT: pictures.facts_of(evaluation.pictures)} if len(evaluation.pictures) else {}
     return {
         "metrics": metrics,
         "series": {
             name: np.asarray(curve, dtype=float).tolist() for name, curve in evaluation.series.items()
         },
-        "facts": facts | dict(evaluation.facts),
+        "facts": facts | dict(evaluation.facts) | kept,
         "throughput": throughput[0],
         "throughput_unit": throughput[1],
     }

@@ -18,8 +18,8 @@ from methodbench.errors import NotApplicableError
 from methodbench.params import hyperparameters
 from methodbench.protocols import Evaluation, Explainer, Scores
 from methodbench.torchkit.model import LoadedModel
-from methodbench_vision.tasks.images import SHAPES_SIZE, normalize, procedural_images
-from methodbench_vision.tasks.maps import on_device, preprocess_of, timed_maps
+from methodbench_vision.tasks.images import SHAPES_CLASSES, SHAPES_SIZE, normalize, procedural_images
+from methodbench_vision.tasks.maps import on_device, preprocess_of, shown, timed_maps
 
 #: What a loader writes into ``facts["data"]`` of a model that was trained on the procedural images.
 TRAINING_DATA = "procedural-shapes"
@@ -72,6 +72,7 @@ class PointingGame:
                 "head_share": float(data.heads.double().mean()),
                 "data_digest": hashlib.sha256(data.images.numpy().tobytes()).hexdigest(),
             },
+            pictures=shown(data.images, saliency, [SHAPES_CLASSES[k] for k in data.labels]),
             throughput=(self.images / seconds, "maps/s"),
         )
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from methodbench.context import Context
 from methodbench.errors import DivergedError, MethodbenchError, NotApplicableError
-from methodbench.protocols import Explainer, Oracle
+from methodbench.protocols import Explainer, Oracle, Shown
 from methodbench.torchkit.model import LoadedModel, Preprocess
 
 _TOLERANCE = 1e-4
+#: Pictures that a record shows.
+_SHOWN = 3
 
 
 def preprocess_of(model: LoadedModel) -> Preprocess:
@@ -68,3 +72,15 @@ def timed_maps(
             f"{name}.explain returned values from {low:.3g} to {high:.3g}", "Maps must lie in [0, 1]."
         )
     return maps, seconds
+
+
+def shown(images: Tensor, maps: Tensor | np.ndarray, names: Sequence[str]) -> list[Shown]:
+    """Return the first pictures, RGB float [n, 3, H, W] in [0, 1], with maps [n, H, W], for the pages of the run."""
+    return [
+        Shown(
+            f"{number + 1}: {name}",
+            np.rint(image.permute(1, 2, 0).cpu().numpy() * 255).astype(np.uint8),
+            np.asarray(one, dtype=np.float64),
+        )
+        for number, (image, one, name) in enumerate(zip(images[:_SHOWN], maps[:_SHOWN], names, strict=False))
+    ]

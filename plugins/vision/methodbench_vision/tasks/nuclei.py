@@ -24,6 +24,7 @@ from methodbench.protocols import Evaluation, Scores, Segmenter
 from methodbench.torchkit.model import LoadedModel
 from methodbench_vision.models.shapes_cnn import PREPROCESS
 from methodbench_vision.tasks.images import normalize
+from methodbench_vision.tasks.maps import shown
 from methodbench_vision.tasks.scenes import nuclei
 
 
@@ -70,6 +71,7 @@ class NucleiInstances:
         chosen = getattr(predictor, "chosen", ())
         return Evaluation(
             scores=scores,
+            pictures=shown(data.images, (found > 0).double(), ["nuclei"] * len(found)),
             facts={
                 "images": self.images,
                 "train_images": self.train_images,

@@ -24,8 +24,9 @@ from methodbench.params import hyperparameters
 from methodbench.protocols import Evaluation, Scores, Segmenter
 from methodbench.torchkit.model import LoadedModel
 from methodbench_vision.models.shapes_cnn import PREPROCESS
-from methodbench_vision.tasks.images import normalize, procedural_images
+from methodbench_vision.tasks.images import SHAPES_CLASSES, normalize, procedural_images
 from methodbench_vision.tasks.localization import pointing
+from methodbench_vision.tasks.maps import shown
 from methodbench_vision.tasks.scenes import scenes
 from methodbench_vision.tasks.wsol import (
     DELTAS,
@@ -95,6 +96,7 @@ class WeakLocalization:
                 "accuracy": Scores(right.astype(np.float64)),
             },
             series={"box-acc-by-threshold": (single >= 0.5).mean(0)},
+            pictures=shown(data.images, maps, [SHAPES_CLASSES[k] for k in data.labels]),
             facts={
                 "images": self.images,
                 "train_images": self.train_images,
@@ -175,6 +177,8 @@ class SeedSegmentation:
         tables = confusions(maps.double().numpy(), present, truth, thresholds)
         pooled = miou(tables.sum(1))
         best = int(pooled.argmax())
+        # A picture of several classes is shown with the map of its first one.
+        first = data.labels.int().argmax(1)
         right = ((scores > 0) == data.labels).double().mean(1)
         unions = tables[best].sum(0)
         hit, wanted, drawn_ = _parts(unions)
@@ -189,6 +193,9 @@ class SeedSegmentation:
                 "classification": Scores(right.numpy()),
             },
             series={"seed-miou-by-threshold": pooled},
+            pictures=shown(
+                data.images, maps[torch.arange(len(maps)), first], [SHAPES_CLASSES[k] for k in first]
+            ),
             facts={
                 "images": self.images,
                 "train_images": self.train_images,

@@ -29,9 +29,9 @@ from methodbench.context import Context
 from methodbench.params import hyperparameters
 from methodbench.protocols import Evaluation, Explainer, Scores
 from methodbench.torchkit.model import LoadedModel
-from methodbench_vision.tasks.images import ProceduralImages, normalize, procedural_images
+from methodbench_vision.tasks.images import SHAPES_CLASSES, ProceduralImages, normalize, procedural_images
 from methodbench_vision.tasks.localization import fitted, pointing
-from methodbench_vision.tasks.maps import on_device, preprocess_of, timed_maps
+from methodbench_vision.tasks.maps import on_device, preprocess_of, shown, timed_maps
 
 #: IoUs that count as found.
 DELTAS = (0.3, 0.5, 0.7)
@@ -96,6 +96,7 @@ class Localization:
                 "object_share": float(masks.mean()),
                 "data_digest": hashlib.sha256(data.images.numpy().tobytes()).hexdigest(),
             },
+            pictures=shown(data.images, maps, [SHAPES_CLASSES[k] for k in data.labels]),
             throughput=(self.images / seconds, "maps/s"),
         )
 
