@@ -261,6 +261,8 @@ class _Site:
             self.jinja.filters[name] = getattr(formats, name)
         self.jinja.filters["badge"] = self.evidence.badge
         self.jinja.filters["cost"] = _cost
+        # Jinja's own `capitalize` makes "insertion AUC" "Insertion auc".
+        self.jinja.filters["sentence"] = lambda text: text[:1].upper() + text[1:]
         self.jinja.filters["finite"] = lambda value: value is not None and math.isfinite(value)
         self.jinja.filters["sortable"] = _sortable
         self.jinja.filters["slug"] = formats.slug
