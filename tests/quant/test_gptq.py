@@ -13,10 +13,11 @@ from torch import Tensor
 from methodbench.context import Context
 from methodbench.errors import DivergedError, NotApplicableError, ParameterError
 from methodbench.params import build
+from methodbench.torchkit.compensation import Hessian, add_batch, inverse_factor
 from methodbench.torchkit.model import Calibration, LoadedModel, set_weight
 from methodbench.torchkit.packed import PackedLinear
 from methodbench.torchkit.quantizers import quantize
-from methodbench_quant.llm.gptq import GPTQ, Hessian, add_batch, gptq, inverse_factor
+from methodbench_quant.llm.gptq import GPTQ, gptq
 from methodbench_quant.llm.rtn import RTN
 
 Tiny = Callable[[str], LoadedModel]

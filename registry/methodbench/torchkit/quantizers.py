@@ -84,6 +84,11 @@ class UniformGrid:
     low: int
     high: int
 
+    def columnwise(self) -> UniformGrid:
+        """Return a grid of [rows, 1] as one that broadcasts over a column [rows]."""
+        zero = None if self.zero is None else self.zero.squeeze(-1)
+        return UniformGrid(self.scale.squeeze(-1), zero, self.low, self.high)
+
     def encode(self, x: Tensor) -> Tensor:
         """Return the codes of ``x`` [..., n], integer values in ``x``'s floating dtype."""
         codes = torch.div(x, self.scale).round_()

@@ -12,11 +12,11 @@ from torch.nn import functional as F
 
 from methodbench.testing.parity import Vectors
 from methodbench.torchkit.adapters import LAYOUTS, Adapter
+from methodbench.torchkit.compensation import Hessian, add_batch
 from methodbench.torchkit.model import set_weight
 from methodbench.torchkit.quantizers import quantize
 from methodbench_quant.llm.adadim import AdaDim, inspected_modules
 from methodbench_quant.llm.calls import Call, Recorder
-from methodbench_quant.llm.gptq import Hessian, add_batch
 
 pytestmark = pytest.mark.vectors("quant", "adadim")
 

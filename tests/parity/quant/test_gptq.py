@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from methodbench.testing.parity import Vectors
-from methodbench_quant.llm.gptq import Hessian, add_batch, gptq
+from methodbench.torchkit.compensation import Hessian, add_batch
+from methodbench_quant.llm.gptq import gptq
 
 pytestmark = pytest.mark.vectors("quant", "gptq")
 

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from methodbench.testing.parity import Vectors, stated
+from methodbench.torchkit.compensation import Hessian, add_batch
 from methodbench.torchkit.hadamard import hadamard, hadamard_transform, signed_hadamard
 from methodbench.torchkit.quantizers import Convention, UniformGrid, find_grid, find_grid_by_mse
 from methodbench.torchkit.rotation import rotate_heads_out
-from methodbench_quant.llm.gptq import Hessian, add_batch, gptq
+from methodbench_quant.llm.gptq import gptq
 
 pytestmark = pytest.mark.vectors("quant", "quarot")
 

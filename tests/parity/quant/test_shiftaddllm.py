@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from methodbench.testing.parity import Vectors, stated_by
-from methodbench_quant.llm.gptq import Hessian, add_batch
+from methodbench.torchkit.compensation import Hessian, add_batch
 from methodbench_quant.llm.shiftaddllm import (
     _LAT_COLUMNS,
     apot,

@@ -23,11 +23,12 @@ from torch import Tensor, nn
 from methodbench.context import Context
 from methodbench.params import hyperparameters
 from methodbench.torchkit.adapters import Adapter
+from methodbench.torchkit.compensation import Hessian, add_batch, inverse_factor
 from methodbench.torchkit.model import Calibration, LoadedModel
 from methodbench.torchkit.quantizers import Quantized, find_grid, groups_of, quantize, require_finite
 from methodbench.torchkit.sequential import walk
 from methodbench_quant.llm.calls import Recorder, count, output_of, require_finite_inputs, subset
-from methodbench_quant.llm.gptq import Hessian, add_batch, gptq, inverse_factor
+from methodbench_quant.llm.gptq import gptq
 from methodbench_quant.llm.layers import (
     check_calibration,
     finished,

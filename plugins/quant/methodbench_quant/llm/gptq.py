@@ -13,7 +13,6 @@ applied within blocks of columns at first and to the rest once per block, which 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Self
 
@@ -24,6 +23,7 @@ from torch import Tensor
 from methodbench.context import Context
 from methodbench.errors import DivergedError
 from methodbench.params import hyperparameters
+from methodbench.torchkit.compensation import Hessian, compensate, inverse_factor, observe_hessians
 from methodbench.torchkit.model import Calibration, LoadedModel
 from methodbench.torchkit.quantizers import (
     Convention,
@@ -34,7 +34,7 @@ from methodbench.torchkit.quantizers import (
     groups_of,
     on_grid,
 )
-from methodbench.torchkit.sequential import BlockStep, Observer, walk
+from methodbench.torchkit.sequential import BlockStep, walk
 from methodbench_quant.llm.layers import (
     finished,
     open_copy,
@@ -49,9 +49,6 @@ from methodbench_quant.llm.settings import (
     check_convention,
     check_group_size,
 )
-
-#: Columns whose mutual updates are applied one by one; wider updates are matrix products.
-_PANEL = 32
 
 
 @hyperparameters
@@ -131,15 +128,6 @@ class GPTQ(ActivationSettings):
             replace_linear(step.block, name, rounded.rows(rows), perm=rounded.perm)
 
 
-@dataclass(slots=True)
-class Hessian:
-    """``2 / n * sum of x^T x`` over ``n`` calibration sequences, fp32 [in, in]; see :func:`add_batch`."""
-
-    matrix: Tensor
-    sequences: int = 0
-    tokens: int = 0
-
-
 @dataclass(frozen=True, slots=True)
 class Rounded:
     """What :func:`gptq` returns.
@@ -166,94 +154,6 @@ class Rounded:
         """Return the weight [rows, columns] in its own column order."""
         weight = self.quantized.dequantize()
         return weight if self.perm is None else weight[:, torch.argsort(self.perm)]
-
-
-def add_batch(hessian: Hessian, x: Tensor) -> None:
-    """Take a batch of inputs into the mean, in place (authors' ``add_batch``).
-
-    Args:
-        x: [sequences, tokens, in], or [tokens, in] for one sequence; counted by sequences, not by tokens.
-    """
-    new = 1 if x.ndim == 2 else x.shape[0]
-    flat = x.reshape(-1, x.shape[-1]).float()
-    total = hessian.sequences + new
-    hessian.matrix.addmm_(flat.T, flat, beta=hessian.sequences / total, alpha=2 / total)
-    hessian.sequences = total
-    hessian.tokens += flat.shape[0]
-
-
-def observe_hessians(step: BlockStep, names: Iterable[str]) -> list[tuple[list[str], Hessian]]:
-    """Run the block once and return the Hessian of every layer's inputs, shared where layers read one tensor.
-
-    Returns:
-        Pairs of layer names and their Hessian, in the order of ``names``; a layer that no token reached (an
-        expert) has one with ``tokens`` 0.
-    """
-    hessians: dict[str, Hessian] = {}
-    leaders: dict[str, str] = {}
-    latest: tuple[Tensor, str] | None = None
-
-    def observer(name: str) -> Observer:
-        def observe(x: Tensor) -> None:
-            nonlocal latest
-            leader = latest[1] if latest is not None and _same_tensor(latest[0], x) else name
-            if leaders.setdefault(name, leader) != leader:
-                raise RuntimeError(f"{step.name}.{name} shares its input with others in some batches only")
-            if leader == name:
-                latest = (x, name)
-                if name not in hessians:
-                    hessians[name] = Hessian(x.new_zeros(x.shape[-1], x.shape[-1], dtype=torch.float32))
-                add_batch(hessians[name], x)
-
-        return observe
-
-    names = list(names)
-    step.forward({name: observer(name) for name in names})
-    shared: dict[str, list[str]] = {}
-    for name in names:
-        shared.setdefault(leaders.get(name, name), []).append(name)
-    for leader in shared.keys() - hessians.keys():
-        weight = weight_of(step.block.get_submodule(leader))
-        width = weight.shape[1]
-        hessians[leader] = Hessian(torch.zeros(width, width, device=weight.device))
-    return [(group, hessians[leader]) for leader, group in shared.items()]
-
-
-def _same_tensor(a: Tensor, b: Tensor) -> bool:
-    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a._version == b._version
-
-
-def inverse_factor(hessian: Tensor, percdamp: float, name: str = "the layer") -> tuple[Tensor, float]:
-    """Return ``U``, upper triangular with ``U^T U = (H + damping)^-1``, and the damping that was needed.
-
-    With ``J`` the reversal of rows, ``J H J = L L^T`` gives ``U = (J L J)^-1``: one factorization and no
-    inverse of ``H``, the same ``U`` as the authors' Cholesky factor of the inverse. Damping is raised
-    tenfold, up to 1, while the factorization fails.
-
-    Args:
-        hessian: fp32 [n, n], symmetric, with a positive diagonal.
-        percdamp: damping as a share of the mean of the diagonal.
-
-    Raises:
-        DivergedError: NaN or infinity in ``hessian``, or no damping up to the mean of the diagonal helps.
-    """
-    if not bool(torch.isfinite(hessian).all()):
-        raise DivergedError(f"calibration activations that enter {name} hold NaN or infinity")
-    mean = hessian.diagonal().mean()
-    damping = percdamp
-    while True:
-        reversed_ = hessian.flip(0, 1)
-        reversed_.diagonal().add_(damping * mean)
-        lower, failed = torch.linalg.cholesky_ex(reversed_)
-        if not int(failed):
-            eye = torch.eye(lower.shape[0], dtype=lower.dtype, device=lower.device)
-            return torch.linalg.solve_triangular(lower, eye, upper=False).flip(0, 1), damping
-        if damping >= 1:
-            raise DivergedError(
-                f"the Hessian of {name} is not positive definite, even damped by its mean diagonal",
-                "Calibrate with more or other inputs.",
-            )
-        damping = min(1.0, 10 * damping)
 
 
 def gptq(
@@ -303,11 +203,11 @@ def gptq(
 
     fixed: list[UniformGrid] = []
     if group_size == -1:
-        fixed = [_columnwise(grid_of(weight))]
+        fixed = [grid_of(weight).columnwise()]
     weight = weight.masked_fill(dead, 0.0)
     hessian = hessian + torch.diag(dead.to(hessian.dtype))
     if static_groups:
-        fixed = [_columnwise(grid_of(weight[:, start : start + size])) for start in range(0, columns, size)]
+        fixed = [grid_of(weight[:, start : start + size]).columnwise() for start in range(0, columns, size)]
     order = torch.arange(columns, device=weight.device)
     if act_order:
         order = torch.argsort(hessian.diagonal(), descending=True)
@@ -318,34 +218,19 @@ def gptq(
     outer = weight.T.contiguous()
     codes = torch.empty_like(outer)
     groups_of_columns = (order // size).tolist()
-    pivots = upper.diagonal().tolist()
     found: list[UniformGrid] = []
-    loss = 0.0
-    for start in range(0, columns, blocksize):
-        stop = min(start + blocksize, columns)
-        block = outer[start:stop].clone()
-        errors = torch.empty_like(block)
-        for left in range(start, stop, _PANEL):
-            right = min(left + _PANEL, stop)
-            for j in range(left, right):
-                if fixed:
-                    levels = fixed[groups_of_columns[j]]
-                else:
-                    if j % size == 0:
-                        found.append(_columnwise(grid_of(outer[j : j + size].T)))
-                    levels = found[-1]
-                column = block[j - start]
-                levels_codes = levels.encode(column)
-                codes[j] = levels_codes
-                error = errors[j - start]
-                torch.sub(column, levels.decode(levels_codes), out=error)
-                error.div_(pivots[j])
-                block[j + 1 - start : right - start].addr_(upper[j, j + 1 : right], error, alpha=-1)
-            block[right - start :].addmm_(
-                upper[left:right, right:stop].T, errors[left - start : right - start], alpha=-1
-            )
-        outer[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
-        loss += float(errors.square().sum()) / 2
+
+    def rounded(j: int, ahead: Tensor) -> Tensor:
+        if fixed:
+            levels = fixed[groups_of_columns[j]]
+        else:
+            if j % size == 0:
+                found.append(grid_of(outer[j : j + size].T).columnwise())
+            levels = found[-1]
+        codes[j] = levels.encode(ahead[0])
+        return levels.decode(codes[j])
+
+    loss = compensate(outer, upper, blocksize, rounded)
     grids = fixed or found
     by_column = codes.T
     perm: Tensor | None = order if act_order else None
@@ -359,12 +244,6 @@ def gptq(
         bits,
     )
     return Rounded(quantized, perm, loss, damping)
-
-
-def _columnwise(grid: UniformGrid) -> UniformGrid:
-    """Return a grid of [rows, 1] as one that broadcasts over a column [rows]."""
-    zero = None if grid.zero is None else grid.zero.squeeze(-1)
-    return UniformGrid(grid.scale.squeeze(-1), zero, grid.low, grid.high)
 
 
 class _Report:

@@ -30,11 +30,11 @@ from torch import Tensor
 from methodbench.context import Context
 from methodbench.errors import DivergedError
 from methodbench.params import hyperparameters
+from methodbench.torchkit.compensation import observe_hessians
 from methodbench.torchkit.model import Calibration, LoadedModel
 from methodbench.torchkit.power_map import PowerGrid, PowerQuantized, find_power_grid, on_power_grid
 from methodbench.torchkit.quantizers import Quantized
 from methodbench.torchkit.sequential import walk
-from methodbench_quant.llm.gptq import observe_hessians
 from methodbench_quant.llm.layers import finished, open_copy, replace_linear, weight_of
 
 #: Exponents that the searches look at, and the step of the grid search.

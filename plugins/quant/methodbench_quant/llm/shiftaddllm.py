@@ -33,9 +33,9 @@ from methodbench.errors import DivergedError, NotApplicableError
 from methodbench.params import hyperparameters
 from methodbench.torchkit.adapters import Adapter
 from methodbench.torchkit.binary_coded import BinaryCoded, rotations_of
+from methodbench.torchkit.compensation import inverse_factor, observe_hessians
 from methodbench.torchkit.model import Calibration, LoadedModel
 from methodbench.torchkit.sequential import walk
-from methodbench_quant.llm.gptq import inverse_factor, observe_hessians
 from methodbench_quant.llm.layers import check_calibration, finished, open_copy, replace_linear, weight_of
 
 #: Columns that share scales in ``lat`` mode, and parts that the rows are cut into.
