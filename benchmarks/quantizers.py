@@ -20,18 +20,28 @@ from methodbench.comparison import PairedResult, compare_methods
 from methodbench.errors import MethodbenchError
 from methodbench.store import Run, Store, open_store
 
-#: What rounding to nearest a configuration is held against, by how its label starts; the longest that fits counts.
+#: What variants of ``rtn`` a configuration is held against, by how its label starts: the longest start that fits,
+#: and of its variants the first that ran on the same model, text and kind of device.
 NEAREST = {
-    "w4a4": "w4a4",
-    "w4a8": "w4a8",
-    "w8a8": "w8a8",
-    "w4": "w4",
-    "w3": "w3",
-    "w3g64": "w3g64",
-    "w2g64": "w2g64",
+    "w8a8": ("w8a8",),
+    "w6a6": ("w6a6",),
+    "w4a8": ("w4a8",),
+    "w4a8g64": ("w4a8g64", "w4a8, group_size=64"),
+    "w4a4": ("w4a4",),
+    "w4": ("w4",),
+    "w4g64": ("w4g64",),
+    "w3": ("w3",),
+    "w3g64": ("w3g64",),
+    "w2g64": ("w2g64",),
 }
-#: Methods whose grids are symmetric, and so the rounding that they are held against.
-SYMMETRIC = {"quarot": {"w4a4": "w4a4-symmetric"}, "cbq": {"w4a4": "w4a4-symmetric"}}
+#: Methods whose grids differ from those (symmetric ones, and a cache of few bits), with the rounding to the same grids.
+OWN_GRIDS = {
+    "quarot": {"w4a4": "w4a4-symmetric", "w4": "w4-absmax", "w3": "w3-absmax"},
+    "cbq": {"w4a4": "w4a4-absmax"},
+    "smoothquant": {"w4a4": "w4a4-absmax", "w4a8": "w4a8-absmax", "w6a6": "w6a6-absmax"},
+    "nupes": {"w4": "w4-absmax", "w3": "w3-absmax"},
+    "eaquant": {"w4a4": "w4a4, kv_bits=4"},
+}
 MARKER = re.compile(r"(<!-- {name} -->\n).*?(<!-- end -->)".replace("{name}", r"(\w+)"), re.DOTALL)
 WORDS = {"win": "better", "tie": "undecided", "loss": "worse"}
 
@@ -43,56 +53,60 @@ def main() -> int:
     options.add_argument("--page", type=Path)
     given = options.parse_args()
     with open_store(given.db, create=False) as store:
-        sections = {"results": "\n".join(results(store)), "claims": "\n".join(verdicts(store, given.db))}
+        runs = newest(store)
+        sections = {"claims": "\n".join(verdicts(runs, given.db))}
+        for device in sorted({device_class(run) for run in runs}):
+            here = [run for run in runs if device_class(run) == device]
+            sections[f"results_{device}"] = "\n".join(results(store, here))
     if given.page is None:
         print("\n\n".join(sections.values()))
         return 0
     text = given.page.read_text(encoding="utf-8")
     given.page.write_text(
-        MARKER.sub(lambda match: f"{match[1]}\n{sections[match[2]]}\n\n{match[3]}", text), encoding="utf-8"
+        MARKER.sub(lambda match: f"{match[1]}\n{sections.get(match[2], 'No records.')}\n\n{match[3]}", text),
+        encoding="utf-8",
     )
     return 0
 
 
 def newest(store: Store) -> list[Run]:
-    """Return the newest finished run of every cell of a quantizer, the dense model first."""
+    """Return the newest finished run of every configuration of a quantizer, the dense model first."""
     family = {name for name, method in load_catalog().methods.items() if method.family == "quant"}
     found = {
-        run.cell_key: run
-        for run in store.runs()
+        (run.task, run.model, device_class(run), run.method, run.variant): run
+        for run in sorted(store.runs(), key=lambda run: run.started_at)
         if run.status == "ok" and run.method in family | {"identity"}
     }
     return sorted(found.values(), key=lambda run: (run.task, run.model, run.method != "identity", order(run)))
 
 
+def device_class(run: Run) -> str:
+    """Return ``cpu`` or ``cuda``."""
+    return run.device.partition(":")[0]
+
+
 def order(run: Run) -> tuple[str, bool, str, str]:
     """Sort by the rounding that a run is held against, that first."""
-    return nearest(run) or run.variant, run.method != "rtn", run.method, run.variant
+    return start_of(run) or run.variant, run.method != "rtn", run.method, run.variant
 
 
-def nearest(run: Run) -> str:
-    """Return the variant of ``rtn`` that ``run`` is held against; empty where there is none."""
-    fits = [start for start in NEAREST if re.match(rf"{start}(?![a-z0-9])", run.variant)]
-    if not fits:
-        return ""
-    start = max(fits, key=len)
-    return SYMMETRIC.get(run.method, {}).get(start, NEAREST[start])
+def start_of(run: Run) -> str:
+    """Return the key of ``NEAREST`` that fits a run; empty where there is none."""
+    return max(
+        (start for start in NEAREST if re.match(rf"{start}(?![a-z0-9])", run.variant)), key=len, default=""
+    )
 
 
-def results(store: Store) -> Iterator[str]:
-    """Lines of the table of perplexities."""
-    runs = newest(store)
+def results(store: Store, runs: list[Run]) -> Iterator[str]:
+    """Lines of the table of perplexities of one kind of device."""
     values = {row.run_id: row for row in store.metrics([run.id for run in runs]) if row.primary}
-    seen: set[tuple[str, str, str, str]] = set()
     yield from header(
         "model", "method", "configuration", "bits a weight", "perplexity", "against", "difference", "verdict"
     )
     for run in runs:
-        key = (run.task, run.model, run.method, run.variant)
-        if key in seen or run.id not in values:
+        if run.id not in values:
             continue
-        seen.add(key)
-        value, pair = values[run.id], paired(store, run)
+        value, (pair, same_grid) = values[run.id], paired(store, run)
         bits = run.accounted_bits if run.accounted_bits is not None else run.bits_per_weight
         yield line(
             f"{run.model}, {run.task}",
@@ -100,34 +114,49 @@ def results(store: Store) -> Iterator[str]:
             run.variant or "defaults",
             "" if bits is None else f"{bits:.2f}",
             f"{number(value.value)} [{number(value.low)}, {number(value.high)}]",
-            f"`rtn` {pair.variant_b}" if pair else "",
-            f"{pair.difference:+.3f} [{pair.low:+.3f}, {pair.high:+.3f}]" if pair else "",
+            f"`rtn` {pair.variant_b}{'' if same_grid else ' (other grids)'}" if pair else "",
+            interval(pair.difference, pair.low, pair.high) if pair else "",
             WORDS[pair.verdict] if pair else "",
         )
 
 
-def paired(store: Store, run: Run) -> PairedResult | None:
-    """Return the comparison of a configuration with rounding to nearest, where both ran."""
-    against = nearest(run)
-    if not against or run.method in ("rtn", "identity"):
-        return None
-    try:
-        rows = compare_methods(store, f"{run.method}@{run.variant}", f"rtn@{against}")
-    except MethodbenchError:
-        return None
-    return next((row for row in rows if (row.model, row.task) == (run.model, run.task)), None)
+def paired(store: Store, run: Run) -> tuple[PairedResult | None, bool]:
+    """Return the comparison of a run with rounding to nearest, where both ran, and whether the grids are alike."""
+    start = start_of(run)
+    if not start or run.method in ("rtn", "identity"):
+        return None, False
+    own = OWN_GRIDS.get(run.method, {}).get(start)
+    for against in (*([own] if own else []), *NEAREST[start]):
+        try:
+            rows = compare_methods(store, f"{run.method}@{run.variant}", f"rtn@{against}")
+        except MethodbenchError:
+            continue
+        for row in rows:
+            if run.id in row.runs_a:
+                return row, own is None or against == own
+    return None, False
 
 
-def verdicts(store: Store, db: str) -> Iterator[str]:
+def verdicts(runs: list[Run], db: str) -> Iterator[str]:
     """Lines of the table of claims that the records can judge."""
-    yield from header("method", "claim", "left", "right", "difference", "verdict")
-    for name in sorted({run.method for run in newest(store)} - {"identity"}):
+    yield from header("method", "claim", "where", "left", "right", "difference", "verdict")
+    places = {run.id: f"{run.model}, {run.task}, {device_class(run)}" for run in runs}
+    for name in sorted({run.method for run in runs} - {"identity"}):
         for judged in claims(name, db=db):
             for row in judged.conditions:
-                if row.verdict != "not attempted" and row.left is not None and row.right is not None:
-                    interval = f"{row.difference:+.3f} [{row.low:+.3f}, {row.high:+.3f}]"
-                    sides = (number(row.left), number(row.right), interval)
-                    yield line(f"`{name}`", judged.claim.text, *sides, row.verdict)
+                where = next((places[run] for run in row.runs_left if run in places), None)
+                if where is None or row.verdict == "not attempted" or row.left is None or row.right is None:
+                    continue
+                difference = interval(row.difference, row.low, row.high)
+                sides = (where, number(row.left), number(row.right), difference)
+                yield line(f"`{name}`", judged.claim.text, *sides, row.verdict)
+
+
+def interval(value: float | None, low: float | None, high: float | None) -> str:
+    """Return a difference with its 95 % interval, four digits each; empty without them."""
+    if value is None or low is None or high is None:
+        return ""
+    return f"{value:+.4g} [{low:+.4g}, {high:+.4g}]"
 
 
 def header(*names: str) -> Iterable[str]:

@@ -366,6 +366,19 @@ METHODS: list[Method] = [
             "w4a8": {"bits": 4, "convention": "omni", "a_bits": 8, "a_convention": "omni"},
             "w6a6": {"bits": 6, "convention": "omni", "a_bits": 6, "a_convention": "omni"},
             "w4a4": {"bits": 4, "convention": "omni", "a_bits": 4, "a_convention": "omni"},
+            "w4a8g64": {
+                "bits": 4,
+                "group_size": 64,
+                "convention": "omni",
+                "a_bits": 8,
+                "a_convention": "omni",
+            },
+            # The grids of SmoothQuant and CBQ: symmetric, from the extremes.
+            "w4-absmax": {"bits": 4, "convention": "absmax", "symmetric": True},
+            "w3-absmax": {"bits": 3, "convention": "absmax", "symmetric": True},
+            "w4a8-absmax": {"bits": 4, "convention": "absmax", "symmetric": True, "a_bits": 8},
+            "w6a6-absmax": {"bits": 6, "convention": "absmax", "symmetric": True, "a_bits": 6},
+            "w4a4-absmax": {"bits": 4, "convention": "absmax", "symmetric": True, "a_bits": 4},
             "w4a4-symmetric": {
                 "bits": 4,
                 "convention": "absmax",
