@@ -15,7 +15,14 @@ from methodbench.params import build
 from methodbench.torchkit.model import Calibration, LoadedModel
 from methodbench.torchkit.packed import PackedLayer
 from methodbench.torchkit.quantizers import groups_of
-from methodbench_quant.llm.cbq import CBQ, LayerRounding, commitment, split_outliers, stretched_sigmoid
+from methodbench_quant.llm.cbq import (
+    CBQ,
+    LayerRounding,
+    commitment,
+    decide,
+    split_outliers,
+    stretched_sigmoid,
+)
 from methodbench_quant.llm.layers import open_copy
 from methodbench_quant.llm.rtn import RTN
 
@@ -126,6 +133,30 @@ def test_learned_windows_come_closer_to_the_dense_model_than_rounding(
     assert error(ours, model) < error(first, model)
     assert all(isinstance(layer, PackedLayer) for layer in ours.adapter.targets(ours.module).values())
     assert ours.storage == "real"
+
+
+def test_decided_roundings_learn_what_soft_ones_do_not_in_a_few_steps(
+    tiny: Tiny, tokens: Calibration, error: Error
+) -> None:
+    model = tiny("llama")
+    options = {"bits": 3, "symmetric": False, "cfp": "none", "regularization": 0.0, "rounding_lr": 3e-2}
+    nearest = quantized(model, tokens, epochs=0, **options)
+    soft = quantized(model, tokens, epochs=3, **options)
+    ours = quantized(model, tokens, epochs=3, decided=True, **options)
+    assert error(ours, model) < min(error(soft, model), error(nearest, model))
+    # The loss is that of the weights which are kept; soft weights start as the dense ones, at almost none.
+    assert all(last < first for first, last in ours.facts["losses"].values())
+    first = next(iter(ours.facts["losses"]))
+    assert ours.facts["losses"][first][0] > 3 * soft.facts["losses"][first][0]
+
+
+def test_a_decision_passes_gradients() -> None:
+    d = torch.tensor([0.2, 0.7], requires_grad=True)
+    decided = decide(d)
+    decided.sum().backward()
+    assert decided.tolist() == [0, 1]
+    assert d.grad is not None
+    assert d.grad.tolist() == [1, 1]
 
 
 def test_the_seed_draws_the_factors_and_the_model_is_not_touched(tiny: Tiny, tokens: Calibration) -> None:

@@ -13,6 +13,10 @@ of weights are cut off, channels of activations with outliers are scaled down::
 authors: learning rates, number of passes, rank, the weight ``gamma`` (of a mean here, where AdaRound has a sum) and
 ``V_0``, with which learning starts from rounding to nearest, are this implementation's. Channels are scaled where a
 norm or a layer before them takes the inverse exactly.
+
+With ``V_0`` a soft rounding starts as the dense weight itself, and only thousands of steps push it to 0 or 1; a
+product of low rank cannot do so weight by weight. ``decided`` learns with ``round(D)`` in place of ``D`` and passes
+gradients straight through, so that the loss is that of the weights which are kept, however few the steps.
 """
 
 from __future__ import annotations
@@ -83,6 +87,10 @@ class CBQ:
         True
     )
     regularization: Annotated[float, Field(ge=0, description="weight of the rounding regularizer")] = 0.01
+    decided: Annotated[
+        bool,
+        Field(description="learn with decided roundings, gradients straight through; else with soft ones"),
+    ] = False
     epochs: Annotated[int, Field(ge=0, description="passes over the calibration set per window")] = 3
     batch_size: Annotated[int, Field(ge=1, description="sequences per step")] = 1
     rounding_lr: Annotated[Rate, Field(description="learning rate of the low-rank factors")] = 1e-2
@@ -197,7 +205,10 @@ class CBQ:
 
         def loss(batch: int, done: float) -> Tensor:
             roundings = [block.roundings() for block in learned]
-            parameters = [block.parameters(d) for block, d in zip(learned, roundings, strict=True)]
+            parameters = [
+                block.parameters({name: decide(d) for name, d in found.items()} if self.decided else found)
+                for block, found in zip(learned, roundings, strict=True)
+            ]
             y = window.student(batch, parameters)
             total = reconstruction_error(window.dense_targets[batch], y, self.use_kl)
             if self.homologous:
@@ -292,6 +303,11 @@ def input_maxima(model: LoadedModel, data: Calibration) -> dict[str, dict[str, T
 def stretched_sigmoid(v: Tensor) -> Tensor:
     """Return ``D = clamp(1.2 sigmoid(v) - 0.1, 0, 1)``: how far each weight is rounded up."""
     return (torch.sigmoid(v) * (_ZETA - _GAMMA) + _GAMMA).clamp(0, 1)
+
+
+def decide(d: Tensor) -> Tensor:
+    """Return ``round(d)``, with the gradient of ``d``."""
+    return d + (d.round() - d).detach()
 
 
 def nearest_offset(steps: Tensor) -> Tensor:
