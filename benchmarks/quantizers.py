@@ -36,11 +36,11 @@ NEAREST = {
 }
 #: Methods whose grids differ from those (symmetric ones, and a cache of few bits), with the rounding to the same grids.
 OWN_GRIDS = {
-    "quarot": {"w4a4": "w4a4-symmetric", "w4": "w4-absmax", "w3": "w3-absmax"},
-    "cbq": {"w4a4": "w4a4-absmax"},
-    "smoothquant": {"w4a4": "w4a4-absmax", "w4a8": "w4a8-absmax", "w6a6": "w6a6-absmax"},
-    "nupes": {"w4": "w4-absmax", "w3": "w3-absmax"},
-    "eaquant": {"w4a4": "w4a4, kv_bits=4"},
+    "quarot": {"w4a4": ("w4a4-symmetric",), "w4": ("w4-absmax",), "w3": ("w3-absmax",)},
+    "cbq": {"w4a4": ("w4a4-absmax", "w4a4-symmetric")},
+    "smoothquant": {"w4a4": ("w4a4-absmax",), "w4a8": ("w4a8-absmax",), "w6a6": ("w6a6-absmax",)},
+    "nupes": {"w4": ("w4-absmax",), "w3": ("w3-absmax",)},
+    "eaquant": {"w4a4": ("w4a4, kv_bits=4",)},
 }
 MARKER = re.compile(r"(<!-- {name} -->\n).*?(<!-- end -->)".replace("{name}", r"(\w+)"), re.DOTALL)
 WORDS = {"win": "better", "tie": "undecided", "loss": "worse"}
@@ -73,11 +73,20 @@ def newest(store: Store) -> list[Run]:
     """Return the newest finished run of every configuration of a quantizer, the dense model first."""
     family = {name for name, method in load_catalog().methods.items() if method.family == "quant"}
     found = {
-        (run.task, run.model, device_class(run), run.method, run.variant): run
+        (run.task, run.model, device_class(run), run.method, label(run)): run
         for run in sorted(store.runs(), key=lambda run: run.started_at)
         if run.status == "ok" and run.method in family | {"identity"}
     }
     return sorted(found.values(), key=lambda run: (run.task, run.model, run.method != "identity", order(run)))
+
+
+def label(run: Run) -> str:
+    """Return the preset whose hyperparameters a run has: a preset's name may mean others since it ran."""
+    presets = load_catalog().methods[run.method].presets
+    if presets.get(run.variant) == run.params_passed:
+        return run.variant
+    same = [name for name, params in presets.items() if params == run.params_passed]
+    return same[0] if run.variant in presets and same else run.variant
 
 
 def device_class(run: Run) -> str:
@@ -87,14 +96,13 @@ def device_class(run: Run) -> str:
 
 def order(run: Run) -> tuple[str, bool, str, str]:
     """Sort by the rounding that a run is held against, that first."""
-    return start_of(run) or run.variant, run.method != "rtn", run.method, run.variant
+    return start_of(run) or label(run), run.method != "rtn", run.method, label(run)
 
 
 def start_of(run: Run) -> str:
     """Return the key of ``NEAREST`` that fits a run; empty where there is none."""
-    return max(
-        (start for start in NEAREST if re.match(rf"{start}(?![a-z0-9])", run.variant)), key=len, default=""
-    )
+    fits = (start for start in NEAREST if re.match(rf"{start}(?![a-z0-9])", label(run)))
+    return max(fits, key=len, default="")
 
 
 def results(store: Store, runs: list[Run]) -> Iterator[str]:
@@ -111,7 +119,7 @@ def results(store: Store, runs: list[Run]) -> Iterator[str]:
         yield line(
             f"{run.model}, {run.task}",
             f"`{run.method}`",
-            run.variant or "defaults",
+            label(run) or "defaults",
             "" if bits is None else f"{bits:.2f}",
             f"{number(value.value)} [{number(value.low)}, {number(value.high)}]",
             f"`rtn` {pair.variant_b}{'' if same_grid else ' (other grids)'}" if pair else "",
@@ -125,15 +133,15 @@ def paired(store: Store, run: Run) -> tuple[PairedResult | None, bool]:
     start = start_of(run)
     if not start or run.method in ("rtn", "identity"):
         return None, False
-    own = OWN_GRIDS.get(run.method, {}).get(start)
-    for against in (*([own] if own else []), *NEAREST[start]):
+    own = OWN_GRIDS.get(run.method, {}).get(start, ())
+    for against in (*own, *NEAREST[start]):
         try:
             rows = compare_methods(store, f"{run.method}@{run.variant}", f"rtn@{against}")
         except MethodbenchError:
             continue
         for row in rows:
             if run.id in row.runs_a:
-                return row, own is None or against == own
+                return row, not own or against in own
     return None, False
 
 
