@@ -99,6 +99,14 @@ def test_windows_longer_than_the_models_positions_are_refused(lettered: LoadedMo
         Perplexity(windows=1, length=128).evaluate(lettered, Context())
 
 
+def test_a_model_without_a_tokenizer_is_not_applicable(lettered: LoadedModel) -> None:
+    speechless = lettered.clone()
+    speechless.tokenizer = None
+    for attempt in (Perplexity().evaluate, Perplexity().calibration):
+        with pytest.raises(NotApplicableError, match="no tokenizer"):
+            attempt(speechless, Context())
+
+
 def test_more_windows_than_the_text_has_are_refused(
     lettered: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

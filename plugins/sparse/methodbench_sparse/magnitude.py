@@ -54,7 +54,7 @@ class Magnitude:
     ] = "per-linear"
 
     @model_validator(mode="after")
-    def _fields_agree(self) -> Self:
+    def _scope_agrees(self) -> Self:
         check_pattern(self.pattern, self.sparsity)
         if self.pattern != "unstructured" and self.scope != "per-linear":
             raise ValueError(f"pattern {self.pattern} compares within its groups: leave scope at per-linear")

@@ -17,6 +17,7 @@ CPUs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Self
 
 import torch
@@ -45,8 +46,8 @@ TOLERANCE = 1e-3
 
 
 @hyperparameters
-class Wanda:
-    """Zeroes the weights of lowest magnitude times input norm, row by row."""
+class RowSettings:
+    """What goes of every row, whatever the score."""
 
     sparsity: Annotated[
         float, Field(ge=0, lt=1, description="share of zeros in every row; 0 prunes nothing")
@@ -60,11 +61,16 @@ class Wanda:
     ] = False
 
     @model_validator(mode="after")
-    def _fields_agree(self) -> Self:
+    def _pattern_agrees(self) -> Self:
         check_pattern(self.pattern, self.sparsity)
         if self.pattern != "unstructured" and self.use_variant:
             raise ValueError(f"use_variant needs pattern unstructured, not {self.pattern}")
         return self
+
+
+@hyperparameters
+class Wanda(RowSettings):
+    """Zeroes the weights of lowest magnitude times input norm, row by row."""
 
     def compress(self, model: LoadedModel, data: Calibration, ctx: Context) -> LoadedModel:
         """Return the pruned model; see :class:`methodbench.protocols.Compressor`.
@@ -77,30 +83,47 @@ class Wanda:
             raise NotApplicableError(
                 "wanda scores weights by their inputs, and the task gives no calibration data"
             )
-        pruned = model.clone()
-        for step in walk(pruned, data, propagate="compressed"):
-            linears = pruned.adapter.linears(step.block)
-            statistics = {
-                name: InputScale(weight_matrix(linear).shape[1]) for name, linear in linears.items()
-            }
-            step.forward({name: statistic.add for name, statistic in statistics.items()})
-            for name, linear in linears.items():
-                where = f"{step.name}.{name}"
-                if not statistics[name].sequences:
-                    ctx.warn(f"no calibration token reached {where}: pruned by magnitude alone")
-                apply_mask(linear, self.mask(weight_matrix(linear), statistics[name].value, where))
-        return record_zeros(pruned)
+        return prune_blocks(model.clone(), data, ctx, self.mask)
 
     def mask(self, weight: Tensor, scaler: Tensor, name: str = "the matrix") -> Tensor:
         """Return True where ``weight`` [out, in] goes, given ``scaler`` [in] of :class:`InputScale`."""
-        scores = wanda_score(weight, scaler)
-        nm = parse_pattern(self.pattern)
-        if nm is not None:
-            check_groups(name, weight.shape[1], nm[1])
-            return nm_mask(scores, *nm)
-        if self.use_variant:
-            return variant_mask(scores, self.sparsity)
-        return row_mask(scores, self.sparsity)
+        return lowest(wanda_score(weight, scaler), self.sparsity, self.pattern, self.use_variant, name)
+
+
+def prune_blocks(
+    model: LoadedModel, data: Calibration, ctx: Context, mask: Callable[[Tensor, Tensor, str], Tensor]
+) -> LoadedModel:
+    """Prune block after block, in place, each on the outputs of the pruned ones before it; return the model.
+
+    Args:
+        model: a clone.
+        data: calibration inputs.
+        ctx: is told of layers that no token reaches.
+        mask: from a weight [out, in], the value [in] of its :class:`InputScale` and its name to what goes, True.
+    """
+    for step in walk(model, data, propagate="compressed"):
+        linears = model.adapter.linears(step.block)
+        statistics = {name: InputScale(weight_matrix(linear).shape[1]) for name, linear in linears.items()}
+        step.forward({name: statistic.add for name, statistic in statistics.items()})
+        for name, linear in linears.items():
+            where = f"{step.name}.{name}"
+            if not statistics[name].sequences:
+                ctx.warn(f"no calibration token reached {where}: its inputs do not count in its scores")
+            apply_mask(linear, mask(weight_matrix(linear), statistics[name].value, where))
+    return record_zeros(model)
+
+
+def lowest(scores: Tensor, sparsity: float, pattern: str, use_variant: bool, name: str) -> Tensor:
+    """Return True where a weight goes, given ``scores`` [out, in] and the fields of :class:`RowSettings`.
+
+    Raises:
+        NotApplicableError: the inputs do not divide into the pattern's groups.
+    """
+    nm = parse_pattern(pattern)
+    if nm is not None:
+        check_groups(name, scores.shape[1], nm[1])
+        return nm_mask(scores, *nm)
+    return variant_mask(scores, sparsity) if use_variant else row_mask(scores, sparsity)
 
 
 class InputScale:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from methodbench.context import Context
-from methodbench.errors import ParameterError
+from methodbench.errors import NotApplicableError, ParameterError
 from methodbench.torchkit.model import Calibration
 from methodbench_quant.tasks.texts import Text
 
@@ -23,6 +23,7 @@ def draw_calibration(text: Text, tokenizer: Any, samples: int, length: int, ctx:
     replacement, in random order.
 
     Raises:
+        NotApplicableError: there is no tokenizer.
         ParameterError: the text is too short for so many sequences.
     """
     sequences = consecutive(token_ids(text, tokenizer, ctx), length)
@@ -39,7 +40,15 @@ def draw_calibration(text: Text, tokenizer: Any, samples: int, length: int, ctx:
 
 
 def token_ids(text: Text, tokenizer: Any, ctx: Context) -> Tensor:
-    """Return the ids of the whole text as one string, int64 [tokens], kept under ``ctx.cache``."""
+    """Return the ids of the whole text as one string, int64 [tokens], kept under ``ctx.cache``.
+
+    Raises:
+        NotApplicableError: there is no tokenizer.
+    """
+    if tokenizer is None:
+        raise NotApplicableError(
+            "the model has no tokenizer, so text is nothing to it", "Choose a model that comes with one."
+        )
     cached = None
     if ctx.cache is not None:
         name = hashlib.sha256(f"{text.sha256} {tokenizer_digest(tokenizer)}".encode()).hexdigest()
