@@ -281,6 +281,9 @@ class Task:
     thread, and what is rounded differently in the last bits can grow (an error-compensating quantizer at 3 bits
     moves a perplexity by several per cent). A machine with more cores runs more cells side by side; a suite may ask
     for another count, which makes other cells."""
+    tuned_by: str = ""
+    """Metric by which hyperparameters are chosen (see :mod:`methodbench.engine.tuning`), one that test data has no part
+    in; the primary one by default, which is right only where there is no test data."""
     extra: str = ""
     """The optional dependency that it needs."""
     resources: Resources = Resources()
@@ -296,6 +299,10 @@ class Task:
             raise EntryError(f"task {self.name}: protocol version {self.protocol} must be 1 or more")
         if sum(metric.primary for metric in self.metrics) != 1:
             raise EntryError(f"task {self.name}: exactly one metric must be primary")
+        if self.tuned_by and all(metric.name != self.tuned_by for metric in self.metrics):
+            raise EntryError(
+                f"task {self.name}: tuned_by names {self.tuned_by!r}, which is none of its metrics"
+            )
 
     @property
     def primary(self) -> Metric:

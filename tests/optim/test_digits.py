@@ -16,6 +16,7 @@ from methodbench_optim.diffgrad import DiffGrad
 from methodbench_optim.lion import Lion
 from methodbench_optim.workloads import digits
 from methodbench_optim.workloads.digits import Digits
+from methodbench_optim.workloads.loop import param_groups
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
 
@@ -120,7 +121,7 @@ def test_the_schedule_warms_up_to_one_and_decays_towards_zero():
 
 def test_roles_are_head_matrix_and_vector():
     module = digits.network("cnn", Context())
-    groups = {group["role"]: group["params"] for group in digits.param_groups(module)}
+    groups = {group["role"]: group["params"] for group in param_groups(module, module[-1].weight)}
     assert [p.ndim for p in groups["matrix"]] == [4, 4]
     assert [p.ndim for p in groups["vector"]] == [1, 1, 1]
     assert [tuple(p.shape) for p in groups["head"]] == [(10, 64)]

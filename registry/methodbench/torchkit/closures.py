@@ -87,7 +87,8 @@ class Closure:
     def at_outputs(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return the loss, the outputs, and the loss's gradient with respect to these: detached, of their shape."""
         with torch.no_grad():
-            outputs = self.model(self.inputs)
+            # A model that is the identity of a parameter returns the parameter: what is kept must not move with it.
+            outputs = self.model(self.inputs).clone()
         leaf = outputs.detach().requires_grad_()
         with torch.enable_grad():
             loss = self.loss(leaf, self.targets)

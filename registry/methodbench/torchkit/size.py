@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
     from methodbench.torchkit.adapters import Adapter
     from methodbench.torchkit.model import LoadedModel
 
@@ -70,3 +72,19 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
             total += max(0, stop - max(start, end))
             end = max(end, stop)
     return total
+
+
+def state_bytes(optimizer: Optimizer) -> int:
+    """Return the bytes of the tensors in an optimizer's state, lists and dictionaries of them included."""
+
+    def tensors(value: Any) -> Iterator[Tensor]:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, Mapping):
+            for item in value.values():
+                yield from tensors(item)
+        elif isinstance(value, (list, tuple)):
+            for item in value:
+                yield from tensors(item)
+
+    return _bytes(list(tensors(optimizer.state)))

@@ -1,4 +1,4 @@
-"""Optimizers on scikit-learn's digits: 1,797 grey pictures of 8 x 8, ten classes, a small MLP or CNN.
+"""Optimizers on scikit-learn's digits: 1,797 grey pictures of 8 x 8, ten classes, a small MLP, CNN or ViT.
 
 A fair comparison in small (after the rules of AlgoPerf, arXiv 2306.07179): split, initialization and order of
 the data are equal for all optimizers; the schedule is linear warm-up then cosine decay; each optimizer is
@@ -10,6 +10,7 @@ pictures that had no part in the choice.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import math
 import time
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from methodbench.errors import DivergedError
 from methodbench.params import hyperparameters
 from methodbench.protocols import Evaluation, OptimizerMethod, Scores
-from methodbench.torchkit.closures import Closure, Evaluations
+from methodbench_optim.workloads.loop import Course, Problem, batches, schedule, train
 
 if TYPE_CHECKING:
     from methodbench.context import Context
@@ -36,13 +37,15 @@ if TYPE_CHECKING:
 class Digits:
     """Train a small classifier. Unit: a test picture.
 
-    Scores, of the chosen trial: ``test-nll`` in nats and ``test-accuracy`` per picture; ``steps-to-target``,
-    the first evaluated step whose validation accuracy reaches the target, infinite if none does. Series:
+    Scores, of the chosen trial: ``test-nll`` in nats and ``test-accuracy`` per picture; ``validation-loss``, the
+    last of its curve; ``steps-to-target``, the first evaluated step whose validation accuracy reaches the target,
+    infinite if none does; the fact ``seconds_to_target`` is its time, None for a miss. Series:
     ``validation-loss``, at step 0 and after every ``evaluate_every`` steps.
     """
 
     architecture: Annotated[
-        Literal["mlp", "cnn"], Field(description="two hidden layers of 64, or two convolutions")
+        Literal["mlp", "cnn", "vit"],
+        Field(description="two hidden layers of 64, two convolutions, or two blocks of attention"),
     ]
     steps: Annotated[int, Field(ge=1, description="optimizer steps of one trial")] = 400
     batch_size: Annotated[int, Field(ge=1, le=1024, description="pictures of one step")] = 64
@@ -72,8 +75,9 @@ class Digits:
         with ctx.phase("train"):
             trials = [self.train(candidate, data, ctx) for candidate in self.candidates(method)]
         seconds = time.perf_counter() - start
-        chosen = min(trials, key=lambda trial: trial.final_loss)
-        if math.isinf(chosen.final_loss):
+        chosen = min(trials, key=lambda trial: trial.course.final_loss)
+        course = chosen.course
+        if math.isinf(course.final_loss):
             rates = ", ".join(f"{trial.lr:.3g}" for trial in trials if trial.lr is not None)
             raise DivergedError(
                 f"every trial diverged{f' (learning rates {rates})' if rates else ''}", "Lower lr."
@@ -83,31 +87,32 @@ class Digits:
                 f"the best learning rate, {chosen.lr:.3g}, is at the edge of the search: try rates beyond"
             )
         with torch.no_grad():
-            logits = chosen.module(data.test.images).double()
+            logits = course.module(data.test.images).double()
         nll = F.cross_entropy(logits, data.test.labels, reduction="none")
-        reached = [step for step, accuracy in chosen.accuracies if accuracy >= self.target_accuracy]
+        reached = course.first(lambda look: look.accuracy >= self.target_accuracy)
         return Evaluation(
             scores={
                 "test-nll": Scores(nll.cpu().numpy()),
                 "test-accuracy": Scores((logits.argmax(-1) == data.test.labels).cpu().numpy()),
-                "steps-to-target": Scores(np.array([reached[0] if reached else math.inf])),
+                "validation-loss": Scores(np.array([course.final_loss])),
+                "steps-to-target": Scores(np.array([reached.step if reached else math.inf])),
             },
-            series={"validation-loss": np.array(chosen.losses)},
+            series={"validation-loss": np.array(course.losses)},
             facts={
                 "chosen_lr": chosen.lr,
                 "trials": [trial.record() for trial in trials],
                 "target_accuracy": self.target_accuracy,
+                "seconds_to_target": reached.seconds if reached else None,
                 "evaluate_every": self.evaluate_every,
                 "pictures": {
                     "train": len(data.train),
                     "validation": len(data.validation),
                     "test": len(data.test),
                 },
-                "parameters": sum(p.numel() for p in chosen.module.parameters()),
                 "data_digest": data.digest,
-                **chosen.evaluations.facts(),
+                **course.facts(),
             },
-            throughput=(sum(trial.steps for trial in trials) / seconds, "steps/s"),
+            throughput=(sum(trial.course.steps for trial in trials) / seconds, "steps/s"),
         )
 
     def candidates(self, method: OptimizerMethod) -> list[OptimizerMethod]:
@@ -122,26 +127,24 @@ class Digits:
     def train(self, method: OptimizerMethod, data: Data, ctx: Context) -> Trial:
         """Run one trial from the initialization and the order of data that ``ctx.seed`` stands for."""
         module = network(self.architecture, ctx)
-        optimizer = method.build(param_groups(module), ctx)
-        peaks = [group.get("lr") for group in optimizer.param_groups]
-        params = list(module.parameters())
-        trial = Trial(lr=getattr(method, "lr", None), module=module)
-        trial.look(0, data.validation)
-        for step, batch in enumerate(
-            batches(len(data.train), self.batch_size, self.steps, ctx.seed), start=1
-        ):
-            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                if peak is not None:
-                    group["lr"] = peak * schedule(step, self.steps, self.warmup)
-            images, labels = data.train.images[batch], data.train.labels[batch]
+        order = batches(len(data.train), self.batch_size, self.steps, ctx.seed)
 
-            closure = Closure(params, module, F.cross_entropy, images, labels, trial.evaluations)
-            optimizer.step(closure)  # type: ignore[arg-type]  # torch says float, its optimizers take the tensor
-            if step % self.evaluate_every == 0 or step == self.steps:
-                trial.look(step, data.validation)
-                if not math.isfinite(trial.losses[-1]):
-                    break
-        return trial
+        def batch(step: int) -> tuple[Tensor, Tensor]:
+            picked = order[step - 1]
+            return data.train.images[picked], data.train.labels[picked]
+
+        problem = Problem(
+            module, F.cross_entropy, batch, lambda: data.validation.look(module), head=module[-1].weight
+        )
+        course = train(
+            method,
+            problem,
+            ctx,
+            steps=self.steps,
+            evaluate_every=self.evaluate_every,
+            share=functools.partial(schedule, steps=self.steps, warmup=self.warmup),
+        )
+        return Trial(getattr(method, "lr", None), course)
 
 
 @dataclass(slots=True)
@@ -153,6 +156,13 @@ class Pictures:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @torch.no_grad()
+    def look(self, module: nn.Module) -> tuple[float, float]:
+        """Return loss and accuracy of ``module`` on these pictures."""
+        logits = module(self.images)
+        right = (logits.argmax(-1) == self.labels).double().mean()
+        return float(F.cross_entropy(logits, self.labels)), float(right)
 
 
 @dataclass(slots=True)
@@ -167,35 +177,16 @@ class Data:
 
 @dataclass(slots=True)
 class Trial:
-    """One training: its learning rate, its network and its curves on the validation pictures."""
+    """One training at one learning rate; None for a method that has none."""
 
     lr: float | None
-    module: nn.Module
-    losses: list[float] = dataclasses.field(default_factory=list)
-    accuracies: list[tuple[int, float]] = dataclasses.field(default_factory=list)
-    """(step, accuracy) pairs."""
-    evaluations: Evaluations = dataclasses.field(default_factory=Evaluations)
-
-    @property
-    def steps(self) -> int:
-        return self.accuracies[-1][0]
-
-    @property
-    def final_loss(self) -> float:
-        """Validation loss at the end; infinite for a diverged trial."""
-        return self.losses[-1] if math.isfinite(self.losses[-1]) else math.inf
-
-    def look(self, step: int, pictures: Pictures) -> None:
-        """Append loss and accuracy on ``pictures``."""
-        with torch.no_grad():
-            logits = self.module(pictures.images)
-            self.losses.append(float(F.cross_entropy(logits, pictures.labels)))
-            self.accuracies.append((step, float((logits.argmax(-1) == pictures.labels).double().mean())))
+    course: Course
 
     def record(self) -> dict[str, Any]:
         """Return what a reader of the run's page sees of this trial, JSON-ready."""
-        diverged = math.isinf(self.final_loss)
-        return {"lr": self.lr, "validation_loss": None if diverged else self.final_loss, "diverged": diverged}
+        loss = self.course.final_loss
+        diverged = math.isinf(loss)
+        return {"lr": self.lr, "validation_loss": None if diverged else loss, "diverged": diverged}
 
 
 def load_digits(split_seed: int, ctx: Context) -> Data:
@@ -220,7 +211,7 @@ def load_digits(split_seed: int, ctx: Context) -> Data:
     return Data(train, validation, test, digest)
 
 
-def network(architecture: Literal["mlp", "cnn"], ctx: Context) -> nn.Sequential:
+def network(architecture: Literal["mlp", "cnn", "vit"], ctx: Context) -> nn.Sequential:
     """Return the classifier of images [N, 1, 8, 8] into 10 logits, initialized by ``ctx.seed``; head last."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(ctx.seed)
@@ -234,43 +225,55 @@ def network(architecture: Literal["mlp", "cnn"], ctx: Context) -> nn.Sequential:
                 nn.ReLU(),
                 nn.Linear(64, 10),
             ]
-        else:
+        elif architecture == "cnn":
             layers = [
                 *(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
                 *(nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
                 *(nn.Flatten(), nn.Linear(64, 10)),
             ]
+        else:
+            layers = [Patches(width=32), *(EncoderBlock(32, heads=2) for _ in range(2)), Pooled(32)]
+            layers.append(nn.Linear(32, 10))
         return nn.Sequential(*layers).to(ctx.device, getattr(torch, ctx.dtype))
 
 
-def param_groups(module: nn.Sequential) -> list[dict[str, Any]]:
-    """Return the parameters by role.
+class Patches(nn.Module):
+    """Cuts images [N, 1, 8, 8] into 16 patches of 2 x 2: embedded, with learned positions, [N, 16, width]."""
 
-    ``head`` is the last layer's weight, ``matrix`` every other weight of two or more dimensions (kernels of
-    convolutions included), ``vector`` the rest.
-    """
-    head = module[-1].weight
-    groups: dict[str, list[nn.Parameter]] = {"matrix": [], "vector": [], "head": []}
-    for p in module.parameters():
-        groups["head" if p is head else "matrix" if p.ndim >= 2 else "vector"].append(p)
-    return [{"params": params, "role": role} for role, params in groups.items() if params]
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.project = nn.Conv2d(1, width, 2, stride=2)
+        self.positions = nn.Parameter(0.02 * torch.randn(16, width))
 
-
-def schedule(step: int, steps: int, warmup: float) -> float:
-    """Return the share of the peak rate at ``step`` (from 1): linear to 1, then half a cosine towards 0."""
-    rising = round(steps * warmup)
-    if step <= rising:
-        return step / rising
-    return 0.5 * (1 + math.cos(math.pi * (step - 1 - rising) / (steps - rising)))
+    def forward(self, images: Tensor) -> Tensor:
+        patches: Tensor = self.project(images)
+        return patches.flatten(2).transpose(1, 2) + self.positions
 
 
-def batches(count: int, size: int, steps: int, seed: int) -> list[Tensor]:
-    """Return the indices of each step's batch: epochs shuffled by ``seed``, without incomplete batches."""
-    size = min(size, count)
-    generator = torch.Generator().manual_seed(seed)
-    chosen: list[Tensor] = []
-    while len(chosen) < steps:
-        chosen += [
-            batch for batch in torch.randperm(count, generator=generator).split(size) if len(batch) == size
-        ]
-    return chosen[:steps]
+class EncoderBlock(nn.Module):
+    """Attention between all tokens, then an MLP of four times the width; norms before both (ViT's form)."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norms = nn.ModuleList([nn.LayerNorm(width), nn.LayerNorm(width)])
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norms[0](x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        y: Tensor = x + self.mlp(self.norms[1](x))
+        return y
+
+
+class Pooled(nn.Module):
+    """The mean over tokens [N, T, width] behind a norm."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled: Tensor = self.norm(x).mean(1)
+        return pooled
