@@ -12,17 +12,11 @@ from hypothesis import strategies as st
 from methodbench.context import Context
 from methodbench.errors import DivergedError, NotApplicableError, ParameterError
 from methodbench.params import build
+from methodbench.torchkit.learned_rounding import commitment, stretched_sigmoid
 from methodbench.torchkit.model import Calibration, LoadedModel
 from methodbench.torchkit.packed import PackedLayer
 from methodbench.torchkit.quantizers import groups_of
-from methodbench_quant.llm.cbq import (
-    CBQ,
-    LayerRounding,
-    commitment,
-    decide,
-    split_outliers,
-    stretched_sigmoid,
-)
+from methodbench_quant.llm.cbq import CBQ, LayerRounding, decide, split_outliers
 from methodbench_quant.llm.layers import open_copy
 from methodbench_quant.llm.rtn import RTN
 

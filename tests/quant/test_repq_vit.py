@@ -87,7 +87,7 @@ def repq(model: LoadedModel, data: Calibration, **options: object) -> LoadedMode
 
 
 def minmax(model: LoadedModel, data: Calibration, **options: object) -> LoadedModel:
-    method = build(MinMaxViT, {"calibration_images": 8, **options}, "vit-minmax")
+    method = build(MinMaxViT, {"calibration_images": 8, **options}, "minmax-vit")
     return method.compress(model, data, Context())
 
 

@@ -9,15 +9,8 @@ import torch
 from torch import Tensor
 
 from methodbench.testing.parity import Vectors
-from methodbench_quant.llm.cbq import (
-    channel_scale,
-    commitment,
-    nearest_offset,
-    reconstruction_error,
-    rounded,
-    split_outliers,
-    stretched_sigmoid,
-)
+from methodbench.torchkit.learned_rounding import commitment, nearest_offset, rounded, stretched_sigmoid
+from methodbench_quant.llm.cbq import channel_scale, reconstruction_error, split_outliers
 
 pytestmark = pytest.mark.vectors("quant", "cbq")
 

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from methodbench.context import Context
 from methodbench.params import hyperparameters
 from methodbench.torchkit.activations import quantize_inputs
+from methodbench.torchkit.learned_rounding import commitment, nearest_offset, rounded, stretched_sigmoid
 from methodbench.torchkit.model import Calibration, LoadedModel, set_weight
 from methodbench.torchkit.quantizers import Quantized, groups_of, round_ste
 from methodbench.torchkit.reconstruction import Window, fit, windows
@@ -47,9 +48,6 @@ from methodbench_quant.llm.layers import (
     weight_of,
 )
 from methodbench_quant.llm.settings import check_group_size
-
-#: Stretch of the sigmoid, so that the rounding reaches 0 and 1.
-_ZETA, _GAMMA = 1.1, -0.1
 
 #: Exponent of the rounding regularizer, from the first to the last step.
 _BETA = (20.0, 2.0)
@@ -300,33 +298,9 @@ def input_maxima(model: LoadedModel, data: Calibration) -> dict[str, dict[str, T
     return found
 
 
-def stretched_sigmoid(v: Tensor) -> Tensor:
-    """Return ``D = clamp(1.2 sigmoid(v) - 0.1, 0, 1)``: how far each weight is rounded up."""
-    return (torch.sigmoid(v) * (_ZETA - _GAMMA) + _GAMMA).clamp(0, 1)
-
-
 def decide(d: Tensor) -> Tensor:
     """Return ``round(d)``, with the gradient of ``d``."""
     return d + (d.round() - d).detach()
-
-
-def nearest_offset(steps: Tensor) -> Tensor:
-    """Return ``V_0`` with which ``D`` is the fraction of ``steps = W / s``, so that learning starts from nearest."""
-    fraction = steps - steps.floor()
-    return -torch.log((_ZETA - _GAMMA) / (fraction - _GAMMA) - 1)
-
-
-def commitment(d: Tensor, beta: float) -> Tensor:
-    """Return ``sum (1 - |2 D - 1|^beta)``: zero where every rounding is decided."""
-    return (1 - (2 * d - 1).abs().pow(beta)).sum()
-
-
-def rounded(steps: Tensor, d: Tensor, zero: Tensor | None, bits: int) -> Tensor:
-    """Return codes ``clamp(floor(steps) + D (+ z))`` (less ``z`` again), with gradient 1 for ``steps`` inside."""
-    down = steps + (steps.floor() - steps).detach()
-    if zero is None:
-        return (down + d).clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-    return (down + d + zero).clamp(0, 2**bits - 1) - zero
 
 
 def reconstruction_error(target: Tensor, y: Tensor, use_kl: bool = True) -> Tensor:

@@ -6,9 +6,15 @@ from methodbench.entries import Method, Paper
 
 _PER_TENSOR = {"reparameterize": False, "softmax": "uniform"}
 
+
+def _bits(*widths: int, **options: object) -> dict[str, dict[str, object]]:
+    """Return presets of equal width for weights and activations, with further hyperparameters."""
+    return {f"w{bits}a{bits}": {"w_bits": bits, "a_bits": bits, **options} for bits in widths}
+
+
 METHODS: list[Method] = [
     Method(
-        name="vit-minmax",
+        name="minmax-vit",
         kind="compressor",
         stage="quantize",
         family="quant",
@@ -16,7 +22,7 @@ METHODS: list[Method] = [
         summary="Min-max grids, fixed by calibration: one per activation tensor, one per output channel.",
         applies_to=("vit",),
         needs=("calibration",),
-        presets={f"w{bits}a{bits}": {"w_bits": bits, "a_bits": bits} for bits in (8, 6, 4)},
+        presets=_bits(8, 6, 4, 3),
         fidelity="baseline",
         properties=(
             "deterministic",
@@ -25,6 +31,20 @@ METHODS: list[Method] = [
             "monotone:a_bits",
             "batch-split-invariant",
         ),
+        extra="quant",
+    ),
+    Method(
+        name="percentile-vit",
+        kind="compressor",
+        stage="quantize",
+        family="quant",
+        impl="methodbench_quant.vit.percentile:PercentileViT",
+        summary="Percentile grids of least squared error: one per activation tensor, one per output channel.",
+        applies_to=("vit",),
+        needs=("calibration",),
+        presets=_bits(8, 6, 4, 3),
+        fidelity="baseline",
+        properties=("deterministic", "no-input-mutation", "batch-split-invariant"),
         extra="quant",
     ),
     Method(
@@ -45,11 +65,8 @@ METHODS: list[Method] = [
         ),
         needs=("calibration",),
         presets={
-            **{f"w{bits}a{bits}": {"w_bits": bits, "a_bits": bits} for bits in (8, 6, 4)},
-            **{
-                f"per-tensor-w{bits}a{bits}": {"w_bits": bits, "a_bits": bits, **_PER_TENSOR}
-                for bits in (8, 6, 4)
-            },
+            **_bits(8, 6, 4, 3),
+            **{f"per-tensor-{name}": preset for name, preset in _bits(8, 6, 4, 3, **_PER_TENSOR).items()},
         },
         claims="repq-vit.toml",
         fidelity="authors-code",
@@ -60,6 +77,67 @@ METHODS: list[Method] = [
             "no-input-mutation",
             "batch-split-invariant",
         ),
+        extra="quant",
+    ),
+    Method(
+        name="noisyquant",
+        kind="compressor",
+        stage="quantize",
+        family="quant",
+        impl="methodbench_quant.vit.noisyquant:NoisyQuant",
+        summary="Adds a fixed vector to each Linear's input before rounding and takes it off again in the bias.",
+        applies_to=("vit",),
+        paper=Paper(
+            title="NoisyQuant: Noisy Bias-Enhanced Post-Training Activation Quantization for Vision Transformers",
+            arxiv="2211.16056",
+            venue="CVPR",
+            year=2023,
+            code="kriskrisliu/NoisyQuant",
+        ),
+        needs=("calibration",),
+        presets={
+            **_bits(8, 6, 4, 3),
+            **{
+                f"clip-only-{name}": {**preset, "search_mean": False, "search_noise": False}
+                for name, preset in _bits(8, 6, 4, 3).items()
+            },
+        },
+        claims="noisyquant.toml",
+        fidelity="authors-code",
+        parity="kriskrisliu/NoisyQuant ba544d1",
+        vectors=("quant_vision/noisyquant",),
+        properties=("deterministic", "no-input-mutation", "batch-split-invariant"),
+        check_params={"clip_steps": 30, "mean_steps": 6, "noise_steps": 30, "search_tokens": 200},
+        extra="quant",
+    ),
+    Method(
+        name="adaround",
+        kind="compressor",
+        stage="quantize",
+        family="quant",
+        impl="methodbench_quant.vit.adaround:AdaRound",
+        summary="Learns whether each weight is rounded up or down, layer by layer or, as BRECQ, block by block.",
+        applies_to=("vit", "cnn"),
+        paper=Paper(
+            title="Up or Down? Adaptive Rounding for Post-Training Quantization",
+            arxiv="2004.10568",
+            venue="ICML",
+            year=2020,
+            code="yhhhli/BRECQ",
+        ),
+        needs=("calibration",),
+        presets={
+            **{f"w{bits}": {"w_bits": bits} for bits in (4, 3, 2)},
+            **{f"nearest-w{bits}": {"w_bits": bits, "iterations": 0} for bits in (4, 3, 2)},
+            **{f"brecq-w{bits}": {"w_bits": bits, "unit": "block"} for bits in (4, 3, 2)},
+            **{f"brecq-{name}": preset for name, preset in _bits(6, 4, 3, unit="block").items()},
+        },
+        claims="adaround.toml",
+        fidelity="authors-code",
+        parity="yhhhli/BRECQ e455d62",
+        vectors=("quant_vision/adaround",),
+        properties=("deterministic", "no-input-mutation", "batch-split-invariant"),
+        check_params={"iterations": 10, "a_iterations": 5, "lr": 0.05, "batch": 8},
         extra="quant",
     ),
 ]

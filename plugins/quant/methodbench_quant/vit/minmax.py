@@ -22,7 +22,7 @@ from methodbench.errors import DivergedError
 from methodbench.params import hyperparameters
 from methodbench.torchkit.model import Calibration, LoadedModel
 from methodbench.torchkit.quantizers import Quantized, find_grid, quantize
-from methodbench_quant.vit.sites import Draft, SiteKind, Uniform, calibration_images
+from methodbench_quant.vit.sites import Draft, Site, Uniform, calibration_images
 
 
 @hyperparameters
@@ -42,7 +42,7 @@ class MinMaxViT:
             DivergedError: an activation or a weight that is not finite.
         """
         images = calibration_images(data, self.calibration_images, ctx)
-        draft = Draft(model, self._quantize_weight, self._fit_activation, self.w_bits)
+        draft = Draft(model, self._quantize_weight, self._fit_activation)
         with ctx.phase("calibration"):
             draft.calibrate(images)
         return draft.finish({"activations": f"{self.a_bits} bits, simulated"})
@@ -50,9 +50,9 @@ class MinMaxViT:
     def _quantize_weight(self, weight: Tensor, name: str) -> Quantized:
         return quantize(weight, self.w_bits, convention="gptq", name=name)
 
-    def _fit_activation(self, x: Tensor, kind: SiteKind, name: str) -> nn.Module:
-        bits = self.image_bits if kind == "image" else self.a_bits
+    def _fit_activation(self, x: Tensor, site: Site) -> nn.Module:
+        bits = self.image_bits if site.kind == "image" else self.a_bits
         grid = find_grid(x.flatten(), bits, "gptq")
         if not bool(torch.isfinite(grid.scale).all()):
-            raise DivergedError(f"{name} holds NaN or infinity, so that it has no scale")
+            raise DivergedError(f"{site} holds NaN or infinity, so that it has no scale")
         return Uniform(grid.scale.squeeze(-1), cast(Tensor, grid.zero).squeeze(-1), bits)

@@ -36,7 +36,7 @@ from methodbench.errors import DivergedError, NotApplicableError
 from methodbench.params import hyperparameters
 from methodbench.torchkit.model import Calibration, LoadedModel
 from methodbench.torchkit.quantizers import Quantized, UniformGrid
-from methodbench_quant.vit.sites import Draft, SiteKind, Uniform, calibration_images
+from methodbench_quant.vit.sites import Draft, Site, Uniform, calibration_images
 
 #: Values above which sorting in float32 no longer gives exact ranks; percentiles are then found in float64.
 _EXACT_RANKS = 2**24
@@ -87,7 +87,7 @@ class RepQViT:
     def calibrate(self, model: LoadedModel, data: Calibration, ctx: Context) -> Draft:
         """Return ``model`` with rounded weights and every activation's scale, not reparameterized yet."""
         images = calibration_images(data, self.calibration_images, ctx)
-        draft = Draft(model, self._quantize_weight, self._fit_activation, self.w_bits)
+        draft = Draft(model, self._quantize_weight, self._fit_activation)
         if self.reparameterize and len(draft.normed) < 2 * len(model.adapter.blocks(model.module)):
             raise NotApplicableError(
                 f"{model.name} has a block without two LayerNorms that one Linear each reads",
@@ -113,7 +113,8 @@ class RepQViT:
         grid = search_uniform(weight, self.w_bits, self.percentiles, f"a row of the weight of {name}")
         return Quantized(grid.encode(weight).to(torch.int16), grid.scale, grid.zero, 0, self.w_bits)
 
-    def _fit_activation(self, x: Tensor, kind: SiteKind, name: str) -> nn.Module:
+    def _fit_activation(self, x: Tensor, site: Site) -> nn.Module:
+        kind, name = site.kind, str(site)
         if kind == "softmax" and self.softmax == "log-sqrt2":
             return LogSqrt2(search_log_sqrt2(x, self.a_bits, self.percentiles, name), self.a_bits)
         bits = self.image_bits if kind == "image" else self.a_bits

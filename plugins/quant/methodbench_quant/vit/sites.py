@@ -1,10 +1,10 @@
-"""Where the quantizers of a vision transformer sit, and how they get there.
+"""Where the quantizers of a vision transformer or a convolutional network sit, and how they get there.
 
 Every Linear and every convolution of the model has a quantized weight and a quantizer in front of it, and so
 has every operand of the two matrix products of attention. A method says what a weight becomes and which
 quantizer fits the first activation that a site sees (:class:`Draft`); the rest is the same for all of them::
 
-    draft = Draft(model, quantize_weight, fit_activation, bits)
+    draft = Draft(model, quantize_weight, fit_activation)
     draft.calibrate(images)
     draft.finish(facts)
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
@@ -27,15 +28,27 @@ from methodbench.torchkit.quantizers import Quantized, UniformGrid
 from methodbench.torchkit.size import bits_per_weight
 from methodbench.torchkit.vit_attention import use_explicit_attention
 
-#: What a site's activation is: the input of a convolution, the output of a LayerNorm that only one Linear
-#: reads, the input of any other Linear, an operand of q @ k^T, or an operand of softmax(...) @ v.
+#: What a site's activation is: the input of the first convolution, the output of a LayerNorm that only one Linear
+#: reads, the input of any other layer, an operand of q @ k^T, or an operand of softmax(...) @ v.
 SiteKind = Literal["image", "normed", "linear", "query", "key", "softmax", "value"]
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One activation: its kind, and the dotted name of the layer or product that reads it."""
+
+    kind: SiteKind
+    name: str
+
+    def __str__(self) -> str:
+        return f"the {self.kind} activation of {self.name}"
+
 
 QuantizeWeight = Callable[[Tensor, str], Quantized]
 """Weight [rows, n] and the layer's name -> codes with one grid per row."""
 
-FitActivation = Callable[[Tensor, SiteKind, str], nn.Module]
-"""First activation at a site, its kind and its name -> quantizer for this and every later activation."""
+FitActivation = Callable[[Tensor, Site], nn.Module]
+"""First activation at a site, in float32, and the site -> quantizer for this and every later activation."""
 
 
 class Uniform(nn.Module):
@@ -57,9 +70,10 @@ class Uniform(nn.Module):
         self.bits = bits
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return ``x`` [..., C] on the grid, in its dtype."""
+        """Return ``x`` [..., C] on the grid, in its dtype; gradients pass where the code is not clamped."""
         grid = UniformGrid(self.scale.float(), self.zero.float(), 0, 2**self.bits - 1)
-        return grid.snap(x.float()).to(x.dtype)
+        learning = torch.is_grad_enabled() and (x.requires_grad or self.scale.requires_grad)
+        return (grid.pass_through if learning else grid.snap)(x.float()).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}"
@@ -90,13 +104,19 @@ class SimulatedLinear(nn.Linear):
 
 
 class SimulatedConv2d(nn.Conv2d):
-    """A convolution with rounded weights in floating point and a quantizer in front."""
+    """A convolution with rounded weights in floating point and a quantizer in front.
+
+    Attributes:
+        same: pad as TensorFlow does, by what the size of the input asks for, more behind than in front.
+    """
 
     input_quantizer: nn.Module
+    same: bool = False
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the output for ``x`` [B, C, H, W]."""
-        return super().forward(self.input_quantizer(x))
+        x = self.input_quantizer(x)
+        return super().forward(_padded_same(x, self) if self.same else x)
 
 
 class PackedConv2d(nn.Module):
@@ -108,6 +128,8 @@ class PackedConv2d(nn.Module):
         self.bias = conv.bias
         self.input_quantizer = input_quantizer
         self.kernel_shape = conv.weight.shape
+        self.kernel_size = conv.kernel_size
+        self.same = getattr(conv, "same", False)
         self.stride = conv.stride
         self.padding = conv.padding
         self.dilation = conv.dilation
@@ -121,6 +143,8 @@ class PackedConv2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the output for ``x`` [B, C, H, W]."""
         x = self.input_quantizer(x)
+        if self.same:
+            x = _padded_same(x, self)
         weight = self.weight.to(x.dtype)
         return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
@@ -144,13 +168,18 @@ class Draft:
     Attributes:
         model: a clone of the dense model; its module is changed in place.
         normed: name of each Linear that alone reads a block's LayerNorm -> name of that LayerNorm.
+        layers: names of the layers that are quantized.
+        sites: what stands in front of each quantizer, by the quantizer's dotted name.
         weights: the quantized weight of every layer by name; kernels of convolutions are flattened to rows.
 
     Args:
         model: the dense model; left alone.
         quantize_weight: see :data:`QuantizeWeight`.
-        fit_activation: see :data:`FitActivation`.
-        bits: of the codes that ``quantize_weight`` returns.
+        fit_activation: see :data:`FitActivation`; None for a model whose activations stay as they are.
+        layers: which layers to quantize, given their names and themselves; by default every Linear and every
+            convolution.
+        attention: whether the operands of attention's products have quantizers.
+        rounded: whether weights are rounded at once; else :meth:`round_weights` does it.
 
     Raises:
         NotApplicableError: compressed already; layers or attention of a kind that has no quantized form.
@@ -160,25 +189,59 @@ class Draft:
         self,
         model: LoadedModel,
         quantize_weight: QuantizeWeight,
-        fit_activation: FitActivation,
-        bits: int,
+        fit_activation: FitActivation | None,
+        *,
+        layers: Callable[[str, nn.Module], bool] = lambda _name, _layer: True,
+        attention: bool = True,
+        rounded: bool = True,
     ) -> None:
         if model.storage != "dense":
             raise NotApplicableError(f"{model.name} is compressed already", "Start from the dense model.")
         self.model = model.clone()
-        self.bits = bits
         self.weights: dict[str, Quantized] = {}
         self._quantize_weight = quantize_weight
-        self._fit_activation = fit_activation
         self.normed = _normed_layers(self.model)
-        attentions = use_explicit_attention(self.model.module, self.model.adapter)
+        if self.model.adapter.layout is not None and attention:
+            attentions = use_explicit_attention(self.model.module, self.model.adapter)
+        else:
+            attentions = {}
+        self.layers: list[str] = []
+        self.sites: dict[str, Site] = {}
+        image = next((n for n, m in self.model.module.named_modules() if isinstance(m, nn.Conv2d)), "")
         for name, layer in list(self.model.module.named_modules()):
-            if isinstance(layer, nn.Conv2d | nn.Linear):
+            if isinstance(layer, nn.Conv2d | nn.Linear) and layers(name, layer):
                 self._open(name, layer)
-        for name, attention in attentions.items():
+                kind: SiteKind = "normed" if name in self.normed else "image" if name == image else "linear"
+                self.layers.append(name)
+                self.sites[f"{name}.input_quantizer"] = Site(kind, name)
+        if rounded:
+            self.round_weights()
+        for name, attention_module in attentions.items():
             first, second = f"{name}.matmul1", f"{name}.matmul2"
-            attention.matmul1 = QuantizedMatMul(self._site("query", first), self._site("key", first))
-            attention.matmul2 = QuantizedMatMul(self._site("softmax", second), self._site("value", second))
+            attention_module.matmul1 = QuantizedMatMul(nn.Identity(), nn.Identity())
+            attention_module.matmul2 = QuantizedMatMul(nn.Identity(), nn.Identity())
+            self.sites |= {f"{first}.left": Site("query", first), f"{first}.right": Site("key", first)}
+            self.sites |= {
+                f"{second}.left": Site("softmax", second),
+                f"{second}.right": Site("value", second),
+            }
+        if fit_activation is not None:
+            self.refit(fit_activation)
+
+    def round_weights(self) -> None:
+        """Quantize the weight of every layer, as it is at this moment."""
+        for name in self.layers:
+            layer = self.model.module.get_submodule(name)
+            self.requantize(name, cast(Tensor, layer.weight).detach().float().flatten(1))
+
+    def refit(self, fit_activation: FitActivation) -> None:
+        """Let every site wait for its activation of the next :meth:`calibrate`."""
+
+        def waiting(site: Site) -> FirstInput:
+            return FirstInput(lambda x: fit_activation(x.float(), site))
+
+        for path, site in self.sites.items():
+            set_submodule(self.model.module, path, waiting(site))
 
     def calibrate(self, images: Tensor) -> None:
         """Fit the quantizer of every site in one forward pass, each to what the ones before it let through.
@@ -203,16 +266,20 @@ class Draft:
 
     def requantize(self, name: str, weight: Tensor, bias: Tensor | None = None) -> None:
         """Quantize ``weight`` [rows, n] and put it into the layer called ``name``, with ``bias`` [rows]."""
+        self.put(name, self._quantize_weight(weight, name), bias)
+
+    def put(self, name: str, quantized: Quantized, bias: Tensor | None = None) -> None:
+        """Put a quantized weight, and a ``bias`` [rows] where given, into the layer called ``name``."""
         layer = self.model.module.get_submodule(name)
-        self.weights[name] = self._quantize_weight(weight, name)
-        rounded = self.weights[name].dequantize()
+        self.weights[name] = quantized
+        rounded = quantized.dequantize()
         set_weight(layer, rounded.view_as(cast(Tensor, layer.weight)))
         if bias is not None:
             layer.bias = nn.Parameter(bias.to(cast(Tensor, layer.weight)), requires_grad=False)
 
     def finish(self, facts: dict[str, Any]) -> LoadedModel:
         """Return the model with packed weights, or rounded ones in floating point where no packing exists."""
-        if self.bits in WIDTHS:
+        if all(quantized.bits in WIDTHS for quantized in self.weights.values()):
             for name, quantized in self.weights.items():
                 set_submodule(self.model.module, name, self._packed(name, quantized))
             self.model.storage = "real"
@@ -226,10 +293,13 @@ class Draft:
     def _open(self, name: str, layer: nn.Conv2d | nn.Linear) -> None:
         """Put a layer with a rounded weight and an unfitted quantizer in the place of a dense one."""
         simulated: SimulatedConv2d | SimulatedLinear
+        # timm's convolution with TensorFlow's padding, which needs no import of timm here.
+        same = type(layer).__name__ == "Conv2dSame"
         if type(layer) is nn.Linear:
             simulated = SimulatedLinear(layer.in_features, layer.out_features, device="meta")
-            kind: SiteKind = "normed" if name in self.normed else "linear"
-        elif type(layer) is nn.Conv2d and layer.padding_mode == "zeros":
+        elif isinstance(layer, nn.Conv2d) and (
+            same or (type(layer) is nn.Conv2d and layer.padding_mode == "zeros")
+        ):
             simulated = SimulatedConv2d(
                 layer.in_channels,
                 layer.out_channels,
@@ -240,16 +310,12 @@ class Draft:
                 layer.groups,
                 device="meta",
             )
-            kind = "image"
+            simulated.same = same
         else:
             raise NotApplicableError(f"layer {name} is a {type(layer).__name__}, which has no quantized form")
         simulated.weight, simulated.bias = layer.weight, layer.bias
-        simulated.input_quantizer = self._site(kind, name)
+        simulated.input_quantizer = nn.Identity()
         set_submodule(self.model.module, name, simulated.train(layer.training))
-        self.requantize(name, layer.weight.detach().float().flatten(1))
-
-    def _site(self, kind: SiteKind, name: str) -> FirstInput:
-        return FirstInput(lambda x: self._fit_activation(x.float(), kind, f"the {kind} activation of {name}"))
 
     def _packed(self, name: str, quantized: Quantized) -> nn.Module:
         layer = self.model.module.get_submodule(name)
@@ -276,9 +342,11 @@ class Draft:
         total, count = 0, 0
         for name in self.model.adapter.targets(self.model.module):
             quantized = self.weights[name]
-            rows, zero = quantized.codes.shape[0], quantized.zero
-            on_grid = zero is not None and bool(((zero >= 0) & (zero < 2**self.bits)).all())
-            total += self.bits * quantized.codes.numel() + rows * (32 + (self.bits if on_grid else 16))
+            rows, zero, bits = quantized.codes.shape[0], quantized.zero, quantized.bits
+            zero_bits = 0
+            if zero is not None:
+                zero_bits = bits if bool(((zero >= 0) & (zero < 2**bits)).all()) else 16
+            total += bits * quantized.codes.numel() + rows * (32 + zero_bits)
             count += quantized.codes.numel()
         return total / count
 
@@ -297,6 +365,16 @@ def calibration_images(data: Calibration, count: int, ctx: Context) -> Tensor:
     if len(data) < count:
         ctx.warn(f"calibrated on {len(data)} images; the method asks for {count}")
     return data.inputs[:count]
+
+
+def _padded_same(x: Tensor, conv: Any) -> Tensor:
+    """Pad ``x`` [B, C, H, W] with zeros so that the output has ``ceil(size / stride)`` rows and columns."""
+    pads: list[int] = []
+    for axis in (1, 0):
+        size, kernel, stride = x.shape[2 + axis], conv.kernel_size[axis], conv.stride[axis]
+        missing = max((-(-size // stride) - 1) * stride + (kernel - 1) * conv.dilation[axis] + 1 - size, 0)
+        pads += [missing // 2, missing - missing // 2]
+    return F.pad(x, pads)
 
 
 def _normed_layers(model: LoadedModel) -> dict[str, str]:
