@@ -53,16 +53,16 @@ def layer(seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """A weight, and heavy-tailed inputs with an outlier channel for calibration and for a test."""
     gain = torch.ones(24)
     gain[5] = 20.0
-    x = (normal(400, 24, seed=seed).pow(3) + 0.3) * gain
-    return quantize_rows(normal(16, 24, seed=seed + 99), 6).dequantize(), x[:200], x[200:]
+    x = (normal(2000, 24, seed=seed).pow(3) + 0.3) * gain
+    return quantize_rows(normal(16, 24, seed=seed + 99), 6).dequantize(), x[:1000], x[1000:]
 
 
 def searched(seed: int, bits: int) -> list[tuple[Tensor, Tensor]]:
     """Scale and added vector behind the clip, the mean and the noise."""
     weight, x, _ = layer(seed)
-    scale = search_clip(x, weight, bits, 200)
-    mean = search_mean(x, weight, scale, bits, 50)
-    noise = search_noise(x, weight, scale, mean, (2 * normal(24, seed=seed) - 1) * scale, bits, 200)
+    scale = search_clip(x, weight, bits, 100)
+    mean = search_mean(x, weight, scale, bits, 20)
+    noise = search_noise(x, weight, scale, mean, (2 * normal(24, seed=seed) - 1) * scale, bits, 100)
     return [(scale, torch.zeros(())), (scale, mean), (scale, noise)]
 
 
@@ -78,7 +78,7 @@ def test_no_search_makes_the_error_on_calibration_inputs_larger(seed: int, bits:
     errors = [error(x, weight, plain, torch.zeros(()), bits)]
     errors += [error(x, weight, *found, bits) for found in searched(seed, bits)]
     assert errors == sorted(errors, reverse=True)
-    assert errors[-1] < errors[1]
+    assert errors[-1] < errors[0]
 
 
 def test_noise_lowers_the_error_on_inputs_that_it_has_not_seen() -> None:
