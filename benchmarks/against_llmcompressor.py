@@ -8,7 +8,8 @@ process of its own, and rounds alternate between the two. Both get the same weig
 do the same work: 4 bits in groups of 64 with zero points for GPTQ (columns in their own order) and AWQ (20 exponents
 judged on all tokens, no clip search, which the peer lacks), 8 bits for weights and activations for SmoothQuant.
 ``--block`` takes one block of Llama-2-7B's shape with random weights in place of SmolLM2-135M. Figures are runs per
-hour, and the reciprocal of the memory that quantization needs on top of the loaded model, at its peak.
+hour, and the reciprocal of the memory that quantization needs on top of the loaded model, at its peak. The dense model
+is handed over, and nothing else holds it: the peer overwrites its weights, ours gives them up block by block.
 """
 
 from __future__ import annotations
@@ -148,10 +149,15 @@ def measure(run: str, folder: Path, threads: int) -> dict[str, float]:
     side, _, method = run.partition("-")
     module = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     module.requires_grad_(False)
+    # Weights of a mapped file stay in memory as long as any of them: each gets memory of its own.
+    for parameter in module.parameters():
+        parameter.data = parameter.data.clone()
     tokens = load_file(folder / "tokens.st")["tokens"]
     calibration, held_out = tokens[:-2], tokens[-2:]
     dense_loss = loss_of(module, held_out)
     quantize = (ours if side == "ours" else peer)(method, module, calibration)
+    # The peer overwrites the model, ours returns another: neither measurement holds the dense one beside it.
+    del module
     start_bytes = resident_bytes("VmRSS")
     forget_peak()
     start, cpu = time.perf_counter(), time.process_time()
@@ -200,13 +206,13 @@ def ours(method: str, module: Any, tokens: Any) -> Any:
     from methodbench_quant.llm.smoothquant import SmoothQuant
 
     adapter = detect(module)
-    model = LoadedModel("measured", adapter.kind, module, adapter)
+    held = [LoadedModel("measured", adapter.kind, module, adapter)]
     implementations = {
         "gptq": GPTQ(bits=BITS, group_size=GROUP_SIZE),
         "awq": AWQ(bits=BITS, group_size=GROUP_SIZE, search_tokens=0, clip=False),
         "smoothquant": SmoothQuant(),
     }
-    return lambda: implementations[method].compress(model, Calibration(tokens), Context()).module
+    return lambda: implementations[method].compress(held.pop(), Calibration(tokens), Context()).module
 
 
 def peer(method: str, module: Any, tokens: Any) -> Any:

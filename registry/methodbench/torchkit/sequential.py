@@ -22,7 +22,7 @@ from methodbench.torchkit.model import Calibration, LoadedModel
 
 Observer = Callable[[Tensor], None]
 
-_BATCH_TOKENS = 2048
+_BATCH_TOKENS = 512
 _BATCH_IMAGES = 32
 
 
@@ -83,7 +83,7 @@ def walk(
         propagate: ``"compressed"`` advances through the block as the consumer left it, so that later blocks
             see the errors of earlier ones; ``"dense"`` through the block as it was before the consumer
             touched it.
-        batch_size: sequences or images at a time; by default about 2,048 tokens, or 32 images.
+        batch_size: sequences or images at a time; by default about 512 tokens, or 32 images.
         observe: makes the observers of a pass through the untouched block that precedes the step, given the
             block. With ``"dense"`` that is the pass that advances the inputs, so observing costs nothing
             more.
