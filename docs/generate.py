@@ -149,7 +149,7 @@ def suites() -> Iterator[str]:
     from methodbench import claims, suite
 
     yield from ("# Suites and claims", "", "Unknown keys are refused, with file and line.", "")
-    for cls in (suite.Suite, suite.Comparison, suite.MethodUse, suite.TaskUse, suite.Pattern):
+    for cls in (suite.Suite, suite.Comparison, suite.MethodUse, suite.TaskUse, suite.Tuning, suite.Pattern):
         yield from _schema(cls)
     yield from ("# Files of claims", "")
     for cls in (claims.Claims, claims.Reported, claims.ReportedValue, claims.Claim, claims.Side):

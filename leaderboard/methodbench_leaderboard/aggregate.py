@@ -30,6 +30,7 @@ from methodbench.stats import (
     rank_intervals,
 )
 from methodbench.store import MetricValue
+from methodbench.tuning import regime
 from methodbench_leaderboard.formats import kind_title, slug
 from methodbench_leaderboard.records import METRIC_FIELDS, Brief, MetricInfo, Records, metric_info
 
@@ -135,11 +136,16 @@ class Row:
         return next((cell for cell in cells if cell.scored), None)
 
 
+#: What a board says of rows whose hyperparameters are not as configured.
+_REGIMES: Mapping[str, str] = {"tuned": "hyperparameters tuned by trials", "self-tuning": "nothing to tune"}
+
+
 @dataclass(slots=True)
 class Group:
-    """Rows that are ranked together: they touch the same positions of a sequence."""
+    """Rows that are ranked together: they touch the same positions of a sequence, and were tuned alike."""
 
     positions: str
+    """Positions, then how hyperparameters were chosen where that is not as configured; empty for neither."""
     rows: list[Row]
 
 
@@ -157,6 +163,18 @@ class Table:
     @property
     def rows(self) -> list[Row]:
         return [*self.baselines, *(row for group in self.groups for row in group.rows)]
+
+    def heading(self, group: Group) -> str:
+        """Return what a reader is told of the rows of a group."""
+        positions, _, how = group.positions.rpartition(" · ")
+        if how not in _REGIMES.values():
+            positions, how = group.positions, ""
+        tuned = any(other.positions.endswith(one) for other in self.groups for one in _REGIMES.values())
+        parts = [
+            f"Touches positions: {positions}" if positions else "",
+            how[:1].upper() + how[1:] or ("Hyperparameters as configured" if tuned else ""),
+        ]
+        return "; ".join(filter(None, parts)) or "No policy of positions declared"
 
     @property
     def largest(self) -> Group:
@@ -342,6 +360,8 @@ def _newest_cells(frame: pl.DataFrame) -> pl.DataFrame:
     newest_source = pl.col("method_digest").last().over(cell)
     return (
         frame.filter(pl.col("method_digest") == newest_source)
+        # What trials came to is told by the run that they led to.
+        .filter(~pl.col("variant").str.contains(r"(^|, )trial \d+$"))
         .with_columns(is_ok=pl.col("status") == "ok")
         .sort("is_ok", "order")
         .unique([*cell, "seed"], keep="last", maintain_order=True)
@@ -405,7 +425,7 @@ def _rows(
             variant=newest.variant,
             params=newest.params,
             baseline=newest.baseline,
-            positions=entry.touches(newest.params) if entry else "",
+            positions=_ranked_with(entry.touches(newest.params) if entry else "", newest.variant),
             entry=entry,
         )
         for key, runs in by_question.items():
@@ -415,6 +435,11 @@ def _rows(
         rows.append(row)
     _tell_apart(rows)
     return rows
+
+
+def _ranked_with(positions: str, variant: str) -> str:
+    """Return what rows must share to be ranked together: the positions they touch, and how they were tuned."""
+    return " · ".join(filter(None, [positions, _REGIMES.get(regime(variant), "")]))
 
 
 def _tell_apart(rows: Sequence[Row]) -> None:

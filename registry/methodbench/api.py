@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from methodbench.catalog import Catalog, load_catalog
+from methodbench.errors import MethodbenchError
 from methodbench.suite import Suite, load_suite
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ def plan(suites: SuiteLike | Sequence[SuiteLike], *, catalog: Catalog | None = N
     keys: set[str] = set()
     for one in plans:
         joined.skips += one.skips
+        joined.studies += one.studies
         for cell in one.cells:
             if cell.key not in keys:
                 keys.add(cell.key)
@@ -98,23 +100,28 @@ def run(
     """
     from methodbench.engine.driver import run_plan
     from methodbench.engine.plan import Plan
+    from methodbench.engine.tuning import run_with_studies
     from methodbench.store import open_store
 
     known = catalog or load_catalog()
     joined = suites if isinstance(suites, Plan) else plan(suites, catalog=known)
     with open_store(db) as store:
-        return run_plan(
-            joined,
-            store,
-            known,
-            executor=executor,
-            address=address,
-            cores=cores,
-            memory_limit=memory_limit,
-            batch=batch,
-            retry=retry,
-            reporter=reporter,
-        )
+
+        def run_part(part: Plan) -> Report:
+            return run_plan(
+                part,
+                store,
+                known,
+                executor=executor,
+                address=address,
+                cores=cores,
+                memory_limit=memory_limit,
+                batch=batch,
+                retry=retry,
+                reporter=reporter,
+            )
+
+        return run_with_studies(joined, store, run_part)
 
 
 def run_until_decided(
@@ -140,6 +147,11 @@ def run_until_decided(
     known = catalog or load_catalog()
     wanted = [suite.with_seeds(max_seeds) if max_seeds else suite for suite in _suites(suites, known)]
     joined = plan(wanted, catalog=known)
+    if joined.studies:
+        raise MethodbenchError(
+            "a suite that tunes cannot be run until decided: what is compared is known only after the trials",
+            "Run it without --until-decided.",
+        )
     with open_store(db) as store:
         return run_until_decided(
             joined, store, lambda part: run_plan(part, store, known, **options), error_rate=error_rate

@@ -689,6 +689,28 @@ def performance_profile(costs: Array, taus: Array) -> Array:
     return result
 
 
+def profile_scores(costs: Array, largest: float = 4.0) -> Array:
+    """Return AlgoPerf's benchmark scores: the mean of each performance profile from 1 to ``largest`` (Dahl et al.,
+    arXiv 2306.07179, equation 4).
+
+    The profile is a step function, so its integral is exact: a problem that is solved at the ratio r adds
+    (largest - r) / (largest - 1), and nothing beyond ``largest``.
+
+    Args:
+        costs: as in :func:`performance_ratios`, for example steps to a target with infinity for misses.
+
+    Returns:
+        float64 [methods] in [0, 1]; 1 for a method that is the best everywhere.
+
+    Raises:
+        ValueError: ``largest`` is not above 1, or a cost is not positive.
+    """
+    if not largest > 1:
+        raise ValueError(f"the largest ratio must be above 1, not {largest}")
+    shares: Array = np.clip((largest - performance_ratios(costs)) / (largest - 1), 0.0, None).mean(axis=1)
+    return shares
+
+
 def time_to_target(
     curves: Array, target: float, *, lower_is_better: bool, steps: Array | None = None
 ) -> Array:

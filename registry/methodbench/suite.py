@@ -100,6 +100,25 @@ class Pattern(Strict):
         return all(fnmatchcase(value, pattern) for value, pattern in pairs)
 
 
+class Tuning(Strict):
+    """Trials that choose each method's hyperparameters on each task, from the space that the method declares.
+
+    Trials run under seeds of their own; what they come to is read from the task's metric of choice (see
+    ``Task.tuned_by``). The best one is then run under the seeds of the comparison.
+    """
+
+    trials: Annotated[int, Field(ge=2, le=1000)] = Field(
+        description="quasi-random points, the same number for all"
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
+        default=0, description="seed that the points are drawn under"
+    )
+    trial_seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**63)]], Field(min_length=1)] = Field(
+        default=[1_000_000],
+        description="seeds that every trial is run under; none of those of the comparison",
+    )
+
+
 class Comparison(Strict):
     """One grid of a suite."""
 
@@ -113,6 +132,9 @@ class Comparison(Strict):
     )
     seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**63)]], Field(min_length=1)] = Field(
         default=[0], description="one run of every cell per seed"
+    )
+    tuning: Tuning | None = Field(
+        default=None, description="choose hyperparameters by trials; as configured by default"
     )
     dtype: Literal["float32", "float64", "bfloat16", "float16"] = Field(
         default="float32", description="floating-point type of models and tensors"
@@ -128,6 +150,15 @@ class Comparison(Strict):
     )
     include: list[Pattern] = Field(default=[], description="run only cells that match one of these patterns")
     exclude: list[Pattern] = Field(default=[], description="leave out cells that match one of these patterns")
+
+    @model_validator(mode="after")
+    def _trials_have_seeds_of_their_own(self) -> Comparison:
+        shared = set(self.seeds) & set(self.tuning.trial_seeds) if self.tuning else set()
+        if shared:
+            raise ValueError(
+                f"trial_seeds and seeds share {min(shared)}: what is chosen on a seed must not be scored on it"
+            )
+        return self
 
     def excludes(self, method: str, variant: str, model: str, task: str) -> bool:
         """Return whether the suite's patterns leave this cell out."""

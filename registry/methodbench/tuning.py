@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 
 class Distribution(Protocol):
@@ -58,3 +58,46 @@ def search_space(method: Any) -> Space:
         {field.name for field in dataclasses.fields(method)} if dataclasses.is_dataclass(method) else set()
     )
     return {name: distribution for name, distribution in DEFAULT.items() if name in fields}
+
+
+#: How a configuration came about: as configured, by trials, without anything to tune, or as one of the trials.
+Regime = Literal["default", "tuned", "self-tuning", "trial"]
+_REGIMES: tuple[Regime, ...] = ("tuned", "self-tuning", "trial")
+
+
+def points(method: Any, trials: int, seed: int) -> list[dict[str, Any]]:
+    """Return the hyperparameters of each trial, a scrambled Sobol sequence over :func:`search_space`.
+
+    Empty for a method whose space is: it tunes itself.
+    """
+    import warnings
+
+    import numpy as np
+    from scipy.stats import qmc
+
+    space = search_space(method)
+    if not space:
+        return []
+    with warnings.catch_warnings():
+        # Balance is lost where the count is no power of two; AlgoPerf's five trials are none either.
+        warnings.simplefilter("ignore")
+        shares = qmc.Sobol(len(space), scramble=True, seed=np.random.default_rng(seed)).random(trials)
+    return [
+        {
+            name: distribution.at(float(share), getattr(method, name))
+            for (name, distribution), share in zip(space.items(), row, strict=True)
+        }
+        for row in shares
+    ]
+
+
+def labelled(variant: str, regime: Regime, number: int | None = None) -> str:
+    """Return the label of a configuration with how it came about at its end."""
+    end = regime if number is None else f"{regime} {number}"
+    return f"{variant}, {end}" if variant else end
+
+
+def regime(variant: str) -> Regime:
+    """Return how the configuration with this label came about; see :func:`labelled`."""
+    end = variant.rpartition(", ")[2].split(" ")[0]
+    return next((one for one in _REGIMES if one == end), "default")

@@ -24,6 +24,7 @@ from methodbench.stats import (
     performance_profile,
     performance_ratios,
     permutation_test,
+    profile_scores,
     random_words,
     rank_intervals,
     studentized_range_cdf,
@@ -348,6 +349,23 @@ def test_performance_profiles_follow_their_definition() -> None:
     np.testing.assert_array_equal(profile, [[0.25, 0.25, 0.5, 0.5], [0.5, 0.5, 0.75, 0.75]])
     with pytest.raises(ValueError, match="positive"):
         performance_ratios(np.array([[0.0]]))
+
+
+def test_profile_scores_are_those_of_algoperfs_rules() -> None:
+    times = np.array([[1.0, 10.0, 7.0], [2.0, 20.0, 14.0]])
+    # Twice as slow everywhere: (4 - 2) / (4 - 1).
+    np.testing.assert_allclose(profile_scores(times), [1.0, 2 / 3])
+    np.testing.assert_allclose(profile_scores(times * [3.0, 0.1, 1e6]), profile_scores(times))
+    slow = np.vstack([times, [[3.9, np.inf, 1e9]]])
+    np.testing.assert_allclose(profile_scores(slow)[:2], profile_scores(times))
+    np.testing.assert_allclose(profile_scores(np.array([[3.0, np.inf]])), [0.5])
+    # The definition: the mean of the profile over the ratios from 1 to 4.
+    taus = np.linspace(1, 4, 200_001)
+    profile = performance_profile(slow, taus)
+    assert (np.diff(profile, axis=1) >= 0).all()
+    np.testing.assert_allclose(profile.mean(axis=1), profile_scores(slow), atol=1e-4)
+    with pytest.raises(ValueError, match="above 1"):
+        profile_scores(times, largest=1.0)
 
 
 def test_the_time_to_a_target_is_the_first_point_that_reaches_it() -> None:

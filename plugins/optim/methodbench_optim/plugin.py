@@ -47,4 +47,10 @@ def methodbench_suites() -> list[SuiteFile]:
             summary="sgdm, adam, adamw, lion and diffgrad on three functions and on digits, one seed.",
             role="demo-quick",
         ),
+        SuiteFile(
+            name="optim-tuned",
+            package="methodbench_optim",
+            path="suites/tuned.yaml",
+            summary="Six optimizers on five workloads, as configured and tuned by eight trials each.",
+        ),
     ]

@@ -248,6 +248,9 @@ def plan(
         f"\n{len(made.cells)} cells: {len(made.cells) - missing} done, {missing} to run{stale}; "
         f"{len(made.skips)} skipped"
     )
+    if made.studies:
+        after = sum(len(study.seeds) for study in made.studies)
+        click.echo(f"{after} tuned cells follow {len(made.studies)} studies, once their trials have run")
 
 
 def _forecast_data(fitted: Budget, key: str) -> dict[str, Any]:

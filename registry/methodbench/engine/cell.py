@@ -41,6 +41,8 @@ class Cell:
     method_digest: str
     weights_digest: str
     data_digest: str
+    tuning: Mapping[str, Any] = field(default_factory=dict)
+    """How its hyperparameters were chosen; no part of its identity. Kept among the facts of its record."""
     key: str = field(init=False)
 
     def __post_init__(self) -> None:

@@ -495,7 +495,7 @@ class _Drive:
             accounted_bits=result.get("accounted_bits"),
             throughput=result.get("throughput"),
             throughput_unit=result.get("throughput_unit", ""),
-            facts=dict(result.get("facts", {})),
+            facts={**result.get("facts", {}), **({"tuning": dict(cell.tuning)} if cell.tuning else {})},
             warnings=list(result.get("warnings", [])),
             log_tail=outcome.log_tail,
         )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import gc
 import importlib.metadata
 import itertools
 import platform
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -20,10 +21,11 @@ from methodbench.entries import Method, Model, Task
 from methodbench.errors import MethodbenchError, MissingExtraError, SourceError
 from methodbench.extras import missing_requirements
 from methodbench.provenance import digest, source_digest
+from methodbench.tuning import labelled
 
 if TYPE_CHECKING:
     from methodbench.catalog import Catalog
-    from methodbench.suite import Comparison, Suite
+    from methodbench.suite import Comparison, Suite, Tuning
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +40,28 @@ class Skip:
 
 
 @dataclass(slots=True)
+class Study:
+    """Trials of one method on one question; the best of them is run again (see :mod:`methodbench.engine.tuning`)."""
+
+    variant: str
+    tuning: Tuning
+    seeds: Sequence[int]
+    """Seeds that the best is run under."""
+    trials: list[list[Cell]] = field(default_factory=list)
+    """The cells of each trial, one per seed of the trials; they are among the cells of the plan."""
+    points: list[Mapping[str, Any]] = field(default_factory=list)
+    """The hyperparameters that each trial sets."""
+
+
+@dataclass(slots=True)
 class Plan:
     """Every cell of a suite, once, in the order of the suite."""
 
     suite: str
     cells: list[Cell] = field(default_factory=list)
     skips: list[Skip] = field(default_factory=list)
+    studies: list[Study] = field(default_factory=list)
+    """Trials after which further cells follow."""
 
 
 @dataclass(slots=True)
@@ -70,6 +88,9 @@ class _Draft:
     variant: str
     params: Mapping[str, Any]
     setting: _Setting
+    seeds: Sequence[int]
+    tuning: Mapping[str, Any] = field(default_factory=dict)
+    study: Study | None = None
 
     def questions(self) -> list[Question]:
         asked = link_params(self.method, self.params)
@@ -88,7 +109,8 @@ def make_plan(suite: Suite, catalog: Catalog) -> Plan:
     with no_collection():
         drafts: list[_Draft] = []
         for comparison in suite.comparisons:
-            drafts += _expand(comparison, catalog, plan)
+            expanded = _expand(comparison, catalog, plan)
+            drafts += _tuned(expanded, comparison.tuning, plan) if comparison.tuning else expanded
         settings = {id(draft.setting): draft.setting for draft in drafts}
         asked = [draft.questions() for draft in drafts]
         shared = {key: setting.questions() for key, setting in settings.items()}
@@ -103,7 +125,9 @@ def make_plan(suite: Suite, catalog: Catalog) -> Plan:
             params = join_params(draft.method, _given(answers))
             if key not in made:
                 made[key] = _shared_fields(draft.setting, _given(common[key]), suite.name)
-            for seed in draft.setting.comparison.seeds:
+            if draft.study is not None:
+                draft.study.trials.append([])
+            for seed in draft.seeds:
                 cell = Cell(
                     method=draft.method,
                     variant=draft.variant,
@@ -111,8 +135,11 @@ def make_plan(suite: Suite, catalog: Catalog) -> Plan:
                     params=params,
                     seed=seed,
                     method_digest=method_digest(draft.method),
+                    tuning=draft.tuning,
                     **made[key],
                 )
+                if draft.study is not None:
+                    draft.study.trials[-1].append(cell)
                 if cell.key not in seen:
                     seen.add(cell.key)
                     plan.cells.append(cell)
@@ -163,8 +190,51 @@ def _expand(comparison: Comparison, catalog: Catalog, plan: Plan) -> list[_Draft
                     for kind, entry in (("model", model), ("task", task)):
                         if entry is not None:
                             _check_extra(catalog, kind, entry)
-                    drafts += [_Draft(method, variant, params, setting) for variant, params in kept]
+                    drafts += [
+                        _Draft(method, variant, params, setting, comparison.seeds) for variant, params in kept
+                    ]
     return drafts
+
+
+def _tuned(drafts: list[_Draft], tuning: Tuning, plan: Plan) -> list[_Draft]:
+    """Return the trials in place of each draft, and add its study to the plan; what tunes itself stays.
+
+    Raises:
+        MethodbenchError: a chain, which declares no space.
+    """
+    chain = next((draft.method.name for draft in drafts if draft.method.links), "")
+    if chain:
+        raise MethodbenchError(
+            f"{chain}: a chain declares no space to tune it in", "Tune its links one by one."
+        )
+    drawn = (tuning.trials, tuning.seed)
+    asked = [Question(one.method.name, one.method.impl, one.params, points=drawn) for one in drafts]
+    found = []
+    for draft, answer in zip(drafts, _given(resolve_all(asked)), strict=True):
+        points = answer["points"]
+        if not points:
+            label, how = labelled(draft.variant, "self-tuning"), {"regime": "self-tuning"}
+            found.append(dataclasses.replace(draft, variant=label, tuning=how))
+            continue
+        study = Study(draft.variant, tuning, draft.seeds, points=points)
+        plan.studies.append(study)
+        for number, point in enumerate(points, 1):
+            found.append(
+                dataclasses.replace(
+                    draft,
+                    variant=labelled(draft.variant, "trial", number),
+                    params={**draft.params, **point},
+                    seeds=tuning.trial_seeds,
+                    tuning={
+                        "regime": "trial",
+                        "number": number,
+                        "trials": tuning.trials,
+                        "seed": tuning.seed,
+                    },
+                    study=study,
+                )
+            )
+    return found
 
 
 def _unavailable(model: Model | None, task: Task) -> str:

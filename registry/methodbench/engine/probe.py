@@ -24,6 +24,8 @@ from methodbench.sources import cache_dir
 _CHILD_LIMIT = 300.0
 #: Stands for a description where the text of parameters stands else; no parameters read like this.
 _DESCRIPTION = "describe"
+#: Begins the text of a question about trials; its number goes up when points are drawn in another way.
+_POINTS = "points-1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +36,8 @@ class Question:
     """Name of the method, task or loader, for messages."""
     implementation: str
     params: Mapping[str, Any]
+    points: tuple[int, int] | None = None
+    """Of a question about trials: how many, and the seed that they are drawn under."""
 
     def text(self) -> str:
         """The parameters in the one form that they are kept under.
@@ -42,7 +46,8 @@ class Question:
             ParameterError: they hold what JSON has no form for.
         """
         try:
-            return canonical_json(dict(self.params))
+            text = canonical_json(dict(self.params))
+            return text if self.points is None else f"{_POINTS} {canonical_json(list(self.points))} {text}"
         except (TypeError, ValueError) as error:
             message = f"parameters {dict(self.params)!r} cannot be written as JSON: {error}"
             raise ParameterError(message) from error
@@ -196,6 +201,7 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
     """Answer one request in this process, importing the implementation."""
     from methodbench import params
     from methodbench.catalog import load_implementation
+    from methodbench.tuning import points
 
     owner, implementation = request["owner"], request["implementation"]
     try:
@@ -212,6 +218,10 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
     try:
         if request["wanted"] == _DESCRIPTION:
             return {"doc": cls.__doc__ or "", "params": params.describe(cls)}
+        if request["wanted"].startswith(_POINTS):
+            _, drawn, given = request["wanted"].split(" ", 2)
+            method = params.build(cls, json.loads(given), owner)
+            return {"params": {"points": points(method, *json.loads(drawn))}}
         return {"params": params.resolve(cls, json.loads(request["wanted"]), owner)}
     except ParameterError as error:
         return {"error": error.message, "hint": error.hint, "kind": "parameter"}
