@@ -25,6 +25,7 @@ from methodbench_vision.tasks.faithfulness import (
     perturbation_curve,
     square_crops,
 )
+from methodbench_vision.tasks.folding import folded
 from methodbench_vision.tasks.images import sample_pictures
 
 
@@ -156,3 +157,45 @@ def test_maps_that_break_the_contract_are_named(
     with pytest.raises(error, match=reason) as caught:
         InsertionDeletion(crops=1).evaluate(Fixed(one), photograph_model(96), Context())
     assert "Fixed" in str(caught.value)
+
+
+def test_steps_in_one_pass_are_those_of_one_pass_each() -> None:
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 6 * 6, 4))
+    x, maps, target = torch.randn(3, 3, 6, 6), torch.rand(3, 6, 6), torch.tensor([0, 3, 1])
+    together = perturbation_curve(class_confidence(net, target), x, maps, 20, insertion=True)
+    for index in range(3):
+        alone = class_confidence(net, target[index : index + 1])
+        one = perturbation_curve(alone, x[index : index + 1], maps[index : index + 1], 20, insertion=True)
+        torch.testing.assert_close(together[index : index + 1], one)
+
+
+def test_a_folded_network_answers_the_same_and_the_original_stays() -> None:
+    model = photograph_model(64)
+    for buffer in model.module.buffers():
+        if buffer.is_floating_point():
+            buffer.uniform_(0.5, 1.5)
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        before = model.module(x)
+        fast = folded(model.module, x[:1])
+        assert fast is not model.module
+        torch.testing.assert_close(fast(x), before, rtol=1e-3, atol=1e-4)
+        assert torch.equal(model.module(x), before)
+
+
+def test_a_norm_whose_convolution_is_read_elsewhere_is_not_folded() -> None:
+    class Twice(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.convolution, self.norm = torch.nn.Conv2d(3, 3, 1), torch.nn.BatchNorm2d(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.convolution(x)
+            return (self.norm(y) + y).mean((2, 3))
+
+    net = Twice().eval()
+    net.norm.running_var.fill_(9.0)
+    assert folded(net, torch.randn(1, 3, 8, 8)) is net
+    plain = torch.nn.Flatten()
+    assert folded(plain, torch.randn(1, 3, 8, 8)) is plain

@@ -24,11 +24,16 @@ from methodbench.errors import NotApplicableError
 from methodbench.params import hyperparameters
 from methodbench.protocols import Evaluation, Explainer, Scores
 from methodbench.torchkit.model import LoadedModel
-from methodbench_vision.tasks.images import sample_pictures, to_inputs
-from methodbench_vision.tasks.maps import on_device, preprocess_of, timed_maps
+from methodbench_vision.tasks.folding import folded
+from methodbench_vision.tasks.images import denormalized, sample_pictures, to_inputs
+from methodbench_vision.tasks.maps import on_device, preprocess_of, shown, timed_maps
 
 #: Confidence [B] of images [B, C, H, W] in their classes.
 Confidence = Callable[[Tensor], Tensor]
+
+
+#: Pictures of one forward pass of perturbation curves, as many as the caches like.
+_PICTURES = 32
 
 
 @hyperparameters
@@ -68,13 +73,14 @@ class InsertionDeletion:
         pictures = [picture.rgb for picture in sample_pictures()]
         crops = square_crops(pictures, self.crops, self.smallest_crop, self.crop_seed)
         x = to_inputs(crops, dataclasses.replace(preprocess, crop=1.0))
-        batches, seconds = [], 0.0
+        batches, maps, seconds = [], [], 0.0
         for part in x.split(self.batch_size):
-            batch, spent = self._batch(method, model, on_device(part, ctx))
+            batch, drawn, spent = self._batch(method, model, on_device(part, ctx))
             batches.append(batch)
+            maps.append(drawn.float().cpu())
             seconds += spent
-        insertion, deletion, shown, masked = (torch.cat(values) for values in zip(*batches, strict=True))
-        change = confidence_change(shown, masked)
+        insertion, deletion, whole, masked = (torch.cat(values) for values in zip(*batches, strict=True))
+        change = confidence_change(whole, masked)
         return Evaluation(
             scores={
                 "insertion-auc": Scores(area(insertion).numpy()),
@@ -88,26 +94,34 @@ class InsertionDeletion:
                 "pictures": len(pictures),
                 "crops": len(crops),
                 "input_size": list(preprocess.size),
-                "mean_confidence": float(shown.mean()),
+                "mean_confidence": float(whole.mean()),
                 "baseline": "0 in the model's input space",
                 "data_digest": hashlib.sha256(b"".join(crop.tobytes() for crop in crops)).hexdigest(),
             },
+            # The first crop of each picture is the picture itself.
+            pictures=shown(
+                denormalized(x, preprocess)[:: self.crops],
+                torch.cat(maps)[:: self.crops],
+                [picture.name for picture in sample_pictures()],
+            ),
             throughput=(len(crops) / seconds, "maps/s"),
         )
 
-    def _batch(self, method: Explainer, model: LoadedModel, x: Tensor) -> tuple[tuple[Tensor, ...], float]:
-        """Return both curves [B, steps + 1], the confidence before and after masking [B]; seconds."""
+    def _batch(
+        self, method: Explainer, model: LoadedModel, x: Tensor
+    ) -> tuple[tuple[Tensor, ...], Tensor, float]:
+        """Return both curves [B, steps + 1], the confidence before and after masking [B]; maps; seconds."""
         with torch.no_grad():
             target = model.module(x).argmax(1)
         maps, seconds = timed_maps(method, model, x, target)
         maps = maps.to(x)
-        confidence = class_confidence(model.module, target)
+        confidence = class_confidence(folded(model.module, x[:1]), target)
         curves = [
             perturbation_curve(confidence, x, maps, self.steps, insertion=insertion)
             for insertion in (True, False)
         ]
         masked = confidence(x * maps[:, None])
-        return (*curves, curves[0][:, -1], masked), seconds
+        return (*curves, curves[0][:, -1], masked), maps, seconds
 
 
 class ConfidenceChange(NamedTuple):
@@ -122,12 +136,16 @@ class ConfidenceChange(NamedTuple):
 
 
 def class_confidence(module: Callable[[Tensor], Tensor], target: Tensor) -> Confidence:
-    """Return the function from images to the softmax probability of their classes [B], float64 [B]."""
+    """Return the function from images to the softmax probability of their classes ``target`` [B], float64.
+
+    It takes one image per class, or several rounds of them, one round after the other.
+    """
 
     def confidence(x: Tensor) -> Tensor:
-        with torch.no_grad():
+        with torch.inference_mode():
             probabilities = module(x).double().softmax(1)
-        return probabilities.gather(1, target[:, None])[:, 0].cpu()
+        classes = target.repeat(len(x) // len(target))
+        return probabilities.gather(1, classes[:, None])[:, 0].cpu().clone()
 
     return confidence
 
@@ -138,7 +156,7 @@ def perturbation_curve(
     """Return the confidence while pixels come (or go) in descending order of the map: float64 [B, steps + 1].
 
     Args:
-        confidence: scores perturbed images.
+        confidence: scores perturbed images, one or several rounds of ``x``; see :func:`class_confidence`.
         x: normalized images [B, C, H, W]; missing pixels are 0 in every channel.
         maps: [B, H, W]; equal values are taken row by row.
         steps: the counts of pixels are ``steps + 1`` points from none to all, rounded down.
@@ -148,10 +166,12 @@ def perturbation_curve(
     rank = order.argsort(dim=1).view_as(maps)
     counts = np.linspace(0, maps[0].numel(), steps + 1).astype(int)
     curve = []
-    for count in counts.tolist():
-        shown = rank < count if insertion else rank >= count
-        curve.append(confidence(torch.where(shown[:, None], x, 0)))
-    return torch.stack(curve, dim=1)
+    # Several steps in one pass, where there are few images: small batches leave the processor waiting.
+    for some in torch.from_numpy(counts).to(x.device).split(max(1, _PICTURES // len(x))):
+        bar = some[:, None, None, None]
+        seen = rank < bar if insertion else rank >= bar
+        curve.append(confidence(torch.where(seen[:, :, None], x, 0).flatten(0, 1)).view(len(some), len(x)))
+    return torch.cat(curve).T
 
 
 def area(curve: Tensor) -> Tensor:

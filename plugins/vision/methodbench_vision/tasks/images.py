@@ -238,6 +238,13 @@ def normalize(images: Tensor, preprocess: Preprocess) -> Tensor:
     return (images - mean) / std
 
 
+def denormalized(inputs: Tensor, preprocess: Preprocess) -> Tensor:
+    """Undo :func:`normalize`: inputs [images, 3, height, width] become RGB in [0, 1]."""
+    mean = torch.tensor(preprocess.mean, dtype=inputs.dtype, device=inputs.device)[:, None, None]
+    std = torch.tensor(preprocess.std, dtype=inputs.dtype, device=inputs.device)[:, None, None]
+    return (inputs * std + mean).clamp(0, 1)
+
+
 def _resize(picture: np.ndarray, preprocess: Preprocess) -> np.ndarray:
     height, width = preprocess.size
     if picture.shape[:2] == (height, width) and preprocess.crop == 1.0:
