@@ -296,6 +296,34 @@ METHODS: tuple[Method, ...] = (
         ),
         positions="{positions}",
     ),
+    Method(
+        name="void-lac",
+        kind="compressor",
+        stage="prune",
+        family="sparse",
+        impl="methodbench_sparse.void_lac:VoidLAC",
+        summary="Leaves out, token by token, trailing blocks that add little to the norm of the state.",
+        applies_to=("causal-lm",),
+        paper=Paper(
+            title="Void in Language Models",
+            arxiv="2505.14467",
+            year=2025,
+            authors="Shemiranifar",
+            code="manishemirani/void_in_language_models",
+        ),
+        presets={
+            "a80": {},
+            "a50": {"alpha": 0.5},
+            "a20": {"alpha": 0.2},
+            "trace": {"mode": "trace"},
+            "a20-residual": {"alpha": 0.2, "mode": "residual-skip"},
+        },
+        claims="void-lac.toml",
+        fidelity="authors-code",
+        parity="manishemirani/void_in_language_models@3e2e83047052db6f98f656ebe373bf4cbb21fb29",
+        vectors=("sparse/void_lac",),
+        properties=("deterministic", "no-input-mutation", "batch-split-invariant", "identity-at:mode=trace"),
+    ),
 )
 
 PROBES: tuple[Method, ...] = (

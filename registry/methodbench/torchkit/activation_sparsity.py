@@ -134,6 +134,34 @@ class Site:
         return 1 - int(self.kept) / self.entries if self.entries else None
 
 
+@dataclass
+class BlockUsage:
+    """Counts the blocks that are active for a token, for a method that leaves blocks out.
+
+    It stands as ``usage`` at one module of the model, so that :func:`measured` finds it.
+    """
+
+    active: dict[str, Tensor | int] = field(default_factory=dict)
+    pairs: dict[str, int] = field(default_factory=dict)
+
+    def count(self, active: Tensor) -> None:
+        """Count one block's mask [batch, tokens], True where it is active; single tokens are generation."""
+        where = "generation" if active.shape[-1] == 1 else "prompt"
+        self.active[where] = self.active.get(where, 0) + active.count_nonzero()
+        self.pairs[where] = self.pairs.get(where, 0) + active.numel()
+
+    def forget(self) -> None:
+        """Start counting anew."""
+        self.active, self.pairs = {}, {}
+
+    def facts(self) -> dict[str, Any]:
+        """Return the share of active pairs of block and token, of prompts and of generation."""
+        found = {
+            f"blocks_active_{where}": int(self.active[where]) / pairs for where, pairs in self.pairs.items()
+        }
+        return found | {"blocks_denominator": "pairs of a block and a token"} if found else {}
+
+
 class Threshold(nn.Module):
     """Keeps what exceeds a threshold: ``|x| scale > threshold``.
 
@@ -408,10 +436,18 @@ def sites(model: LoadedModel) -> dict[str, Site]:
     }
 
 
+def usages(model: LoadedModel) -> list[BlockUsage]:
+    """Return the counts of blocks that stand at modules of ``model``."""
+    found = (getattr(module, "usage", None) for module in model.module.modules())
+    return [usage for usage in found if isinstance(usage, BlockUsage)]
+
+
 def forget(model: LoadedModel) -> None:
     """Let all sites start counting anew."""
     for site in sites(model).values():
         site.forget()
+    for usage in usages(model):
+        usage.forget()
 
 
 def measured(model: LoadedModel) -> dict[str, Any]:
@@ -420,8 +456,9 @@ def measured(model: LoadedModel) -> dict[str, Any]:
     Shares of layers that no token reached are left out; where no token was touched at all, sparsities are 0.
     """
     found = sites(model)
+    of_blocks = {name: value for usage in usages(model) for name, value in usage.facts().items()}
     if not found:
-        return {}
+        return of_blocks
     sizes = _sizes(model)
     read = dict.fromkeys(sizes, 1.0)
     by_role: dict[str, list[float]] = defaultdict(list)
@@ -441,7 +478,7 @@ def measured(model: LoadedModel) -> dict[str, Any]:
     sparsity = 1 - sum(read[name] * size for name, size in sizes.items()) / total
     touched, tokens = (sum(getattr(site, what) for site in found.values()) for what in ("touched", "tokens"))
     share = touched / tokens if tokens else 0.0
-    facts: dict[str, Any] = {
+    facts: dict[str, Any] = of_blocks | {
         "positions": "+".join(dict.fromkeys(site.positions for site in found.values())),
         "sparsity_model": sparsity,
         "sparsity_model_over_all_tokens": sparsity * share,
