@@ -24,6 +24,7 @@ from methodbench_vision.models.digits_vit import build as build_digits_vit
 from methodbench_vision.models.efficientnet import EfficientNetLite0, timm_names
 from methodbench_vision.models.entries import MODELS, model_named
 from methodbench_vision.models.shapes_cnn import ShapesCNN, ShapesNet
+from methodbench_vision.models.shapes_vit import ShapesViT
 from methodbench_vision.models.storage import load_weights, read_checkpoint, save_weights
 from methodbench_vision.models.timm_hub import TimmHub
 from methodbench_vision.models.training import check_accuracy
@@ -36,6 +37,7 @@ LOADERS = {
     "digits_vit": (DigitsViT,),
     "efficientnet": (EfficientNetLite0,),
     "shapes_cnn": (ShapesCNN,),
+    "shapes_vit": (ShapesViT,),
 }
 
 
@@ -128,6 +130,15 @@ def test_shapes_net_is_a_cnn_of_four_stages_over_16_by_16_cells() -> None:
     with torch.inference_mode():
         assert net.features(torch.zeros(2, 3, 64, 64)).shape == (2, 72, 16, 16)
         assert net(torch.zeros(2, 3, 64, 64)).shape == (2, 4)
+
+
+def test_shapes_vit_has_an_adapter_that_knows_its_patches(tmp_path: Path, ctx: Context) -> None:
+    ShapesViT(epochs=1, images=50, min_accuracy=0.0).prepare(None, tmp_path, ctx)
+    model = ShapesViT().load(tmp_path, ctx)
+    assert model.adapter.patch_grid(model.module) == (8, 8)
+    assert model.adapter.prefix_tokens(model.module) == 1
+    assert model.module(torch.zeros(2, 3, 64, 64)).shape == (2, 4)
+    assert model.facts["data"] == "procedural-shapes"
 
 
 @pytest.mark.slow

@@ -327,6 +327,31 @@ METHODS: list[Method] = [
         extra="vision",
     ),
     Method(
+        name="disrt",
+        kind="probe",
+        family="vision",
+        impl="methodbench_vision.disrt:DiSRT",
+        summary="Whether a network's features tell a picture from two quilts of its own texture, with Top-K activation "
+        "sparsity. A reading of the abstract: texture synthesis and constants are ours.",
+        applies_to=("cnn", "vit"),
+        needs=("calibration",),
+        paper=Paper(
+            title="From Local Cues to Global Percepts: Emergent Gestalt Organization in Self-Supervised Vision Models",
+            arxiv="2506.00718",
+            year=2025,
+        ),
+        presets={
+            "top20": {"kept": 0.2},
+            "top5": {"kept": 0.05},
+            "top20-channel": {"kept": 0.2, "axis": "channel"},
+        },
+        claims="disrt.toml",
+        check_params={"patch": 8, "candidates": 4},
+        fidelity="partial",
+        properties=("deterministic", "no-input-mutation"),
+        extra="vision",
+    ),
+    Method(
         name="random-cam",
         kind="explainer",
         family="vision",

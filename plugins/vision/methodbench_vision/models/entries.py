@@ -61,6 +61,15 @@ MODELS: list[Model] = [
         extra="vision",
     ),
     Model(
+        name="shapes-vit",
+        kind="vit",
+        source="recipe:shapes-vit",
+        loader=f"{_LOADERS}.shapes_vit:ShapesViT",
+        summary="A ViT of three blocks and width 64, trained here on procedural images with exact masks.",
+        notes="Patches of 8 x 8 pixels come from three convolutions; the same images and classes as shapes-cnn.",
+        extra="vision",
+    ),
+    Model(
         name="vit-tiny-cifar10",
         kind="vit",
         source="file:{models}/vit_tiny_cifar10.safetensors",

@@ -44,17 +44,18 @@ TASKS: list[Task] = [
         name="shapes-wsol",
         kinds=("explainer",),
         impl="methodbench_vision.tasks.wsol:Localization",
-        summary="Whether a map that is cut at a threshold covers the object: MaxBoxAcc V1 and V2, GT-known "
-        "localization and PxAP on procedural images with exact boxes and masks.",
+        summary="Whether a map that is cut at a threshold covers the object: MaxBoxAcc V1 and V2, GT-known and "
+        "top-1 localization and PxAP on procedural images with exact boxes and masks.",
         metrics=(
             Metric(name="max-box-acc-v2", direction="higher", title="MaxBoxAccV2", primary=True),
             Metric(name="max-box-acc", direction="higher", title="MaxBoxAcc"),
             Metric(name="gt-known-loc", direction="higher", title="GT-known localization"),
+            Metric(name="top1-loc", direction="higher", title="top-1 localization"),
             Metric(name="pxap", direction="higher", unit="%", title="PxAP", aggregate="single"),
             Metric(name="piou", direction="higher", title="pooled pixel IoU", aggregate="single"),
             Metric(name="pointing-object", direction="higher", title="pointing (object)"),
         ),
-        protocol=1,
+        protocol=2,
         accepts=("cnn", "vit"),
         data="builtin:procedural-shapes",
         extra="vision",
