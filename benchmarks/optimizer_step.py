@@ -1,11 +1,12 @@
-"""Time of one optimizer step: ours beside torch.optim's and pytorch_optimizer's, in one run.
+"""Time of one optimizer step: ours beside torch.optim's, lion-pytorch's and pytorch_optimizer's, in one run.
 
     python benchmarks/optimizer_step.py [--params 10000000] [--tensors 200] [--rounds 7] [--device cpu]
 
 Every contestant steps on tensors of its own; rounds alternate between contestants, so that whatever else the
 machine does hits all alike. A step is limited by memory: beside its time stands the time per byte that the
 rule has to move at the least (parameter, gradient and state read once, parameter and state written once).
-Prints one JSON object.
+Peers that are not installed are named under "skipped"; an environment for them needs lion-pytorch and
+pytorch_optimizer beside this project. Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -26,24 +27,32 @@ from methodbench_optim.lion import LionOptimizer
 Build = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 
-def contestants() -> dict[str, tuple[Build, int]]:
-    """Return how to build each optimizer, and how many state tensors per parameter it keeps."""
+def contestants() -> tuple[dict[str, tuple[Build, int]], dict[str, str]]:
+    """Return how to build each optimizer and how many state tensors per parameter it keeps; why peers are missing."""
     built: dict[str, tuple[Build, int]] = {
         "adamw (torch, foreach)": (lambda params: torch.optim.AdamW(params, foreach=True), 2),
         "adamw (torch, default)": (lambda params: torch.optim.AdamW(params), 2),
         "lion": (LionOptimizer, 1),
         "diffgrad": (DiffGradOptimizer, 3),
     }
+    skipped: dict[str, str] = {}
+    try:
+        import lion_pytorch
+    except ImportError as error:
+        skipped["lion-pytorch"] = f"not installed: {error}"
+    else:
+        built["lion (lion-pytorch)"] = (lambda params: lion_pytorch.Lion(params, lr=1e-4), 1)
     try:
         import pytorch_optimizer
-    except ImportError:
-        return built
-    built["lion (pytorch_optimizer)"] = (pytorch_optimizer.Lion, 1)
-    built["diffgrad (pytorch_optimizer)"] = (
-        lambda params: pytorch_optimizer.DiffGrad(params, weight_decouple=False),
-        3,
-    )
-    return built
+    except ImportError as error:
+        skipped["pytorch_optimizer"] = f"not installed: {error}"
+    else:
+        built["lion (pytorch_optimizer)"] = (lambda params: pytorch_optimizer.Lion(params), 1)
+        built["diffgrad (pytorch_optimizer)"] = (
+            lambda params: pytorch_optimizer.DiffGrad(params, weight_decouple=False),
+            3,
+        )
+    return built, skipped
 
 
 def seconds_per_step(optimizer: torch.optim.Optimizer, steps: int, device: str) -> float:
@@ -71,7 +80,8 @@ def main() -> None:
 
     running: dict[str, torch.optim.Optimizer] = {}
     state_tensors: dict[str, int] = {}
-    for name, (build, states) in contestants().items():
+    entrants, skipped = contestants()
+    for name, (build, states) in entrants.items():
         params = [nn.Parameter(torch.randn(size, device=args.device)) for _ in range(args.tensors)]
         for p in params:
             p.grad = torch.randn_like(p)
@@ -91,6 +101,7 @@ def main() -> None:
         "parameters": size * args.tensors,
         "tensors": args.tensors,
         "rounds": args.rounds,
+        "skipped": skipped,
         "optimizers": {},
     }
     for name, measured in times.items():
@@ -102,6 +113,14 @@ def main() -> None:
             "picoseconds_per_byte": round(1e12 * median / moved, 2),
             "ratio_to_adamw_foreach": round(median / reference, 3),
         }
+    # Ours over each peer's, round by round: what else the machine did hit both of a round alike.
+    report["ratios_to_peers"] = {
+        f"{name.partition(' ')[0]} / {name}": round(
+            statistics.median(a / b for a, b in zip(times[name.partition(" ")[0]], measured, strict=True)), 3
+        )
+        for name, measured in times.items()
+        if " " in name and name.partition(" ")[0] in times
+    }
     print(json.dumps(report, indent=2))
 
 

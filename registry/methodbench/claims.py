@@ -46,6 +46,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from methodbench.composition import preset_params, split_use
 from methodbench.documents import Strict, line_of, parse_document
 from methodbench.errors import ClaimsError, MethodbenchError
+from methodbench.tuning import is_trial
 
 if TYPE_CHECKING:
     from methodbench.catalog import Catalog
@@ -340,7 +341,7 @@ def judge_claims(store: Store | None, catalog: Catalog, claims: Claims) -> list[
     """
     sides = [side for claim in claims.claims for side in (claim.left, claim.right) if side.value is None]
     names = {_wanted(catalog, side)[0] for side in sides}
-    runs = [run for run in store.runs() if run.method in names] if store else []
+    runs = [run for run in store.runs() if run.method in names and not is_trial(run.variant)] if store else []
     metrics: dict[str, dict[str, MetricValue]] = {}
     if store:
         for row in store.metrics(run.id for run in runs):

@@ -13,6 +13,7 @@ from methodbench.errors import MethodbenchError, UnknownNameError
 from methodbench.provenance import canonical_json
 from methodbench.stats import holm, interaction, paired_difference
 from methodbench.store import MetricValue, Run, Store
+from methodbench.tuning import is_trial
 
 Verdict = Literal["win", "tie", "loss"]
 Joint = Literal["more than the sum", "the sum", "harmful"]
@@ -57,7 +58,7 @@ def compare_methods(store: Store, a: str, b: str) -> list[PairedResult]:
         UnknownNameError: no run of that method or variant is in the database.
         MethodbenchError: the two share no cell.
     """
-    runs = [run for run in store.runs() if run.status == "ok"]
+    runs = [run for run in store.runs() if run.status == "ok" and not is_trial(run.variant)]
     chosen_a, chosen_b = _select(runs, a), _select(runs, b)
     named = "@" in a and "@" in b
     groups: dict[str, tuple[dict[int, Run], dict[int, Run]]] = {}

@@ -101,3 +101,8 @@ def regime(variant: str) -> Regime:
     """Return how the configuration with this label came about; see :func:`labelled`."""
     end = variant.rpartition(", ")[2].split(" ")[0]
     return next((one for one in _REGIMES if one == end), "default")
+
+
+def is_trial(variant: str) -> bool:
+    """Return whether the configuration with this label was only tried: it chose another, and is no result."""
+    return regime(variant) == "trial"

@@ -146,6 +146,13 @@ def test_a_second_call_runs_nothing(tuned):
     assert set(again.runs) == set(report.runs)
 
 
+@pytest.mark.slow
+def test_comparisons_pair_what_was_chosen_and_no_trials(tuned):
+    db, _ = tuned
+    rows = api.compare("adam", "sgdm", db=db)
+    assert {(row.variant_a, row.variant_b) for row in rows} == {("tuned", "tuned")}
+
+
 def test_headings_tell_how_the_rows_of_a_board_were_tuned():
     from methodbench_leaderboard.aggregate import Group, Row, Table
 
