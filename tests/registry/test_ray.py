@@ -143,7 +143,7 @@ def test_a_node_that_is_killed_costs_no_cell(cluster: Any, catalog: Catalog, sto
                 cluster.remove_node(doomed, allow_graceful=False)
 
     report = run(store, catalog, wanted, reporter=Kill())
-    assert report.complete
+    assert report.complete, [run.reason for run in store.runs() if run.status != "ok"]
     assert len(report.new) == 24
     assert len({run.cell_key for run in store.runs()}) == len(store.runs()) == 24
 

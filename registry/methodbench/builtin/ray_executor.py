@@ -2,8 +2,10 @@
 
 Every job is one Ray task that declares its cores, memory and GPUs as Ray resources. Inside the task runs the same fork
 server as on this machine, so that limits, kills and failures behave the same, and the same code gives the same bits.
-Tasks send what happens to a mailbox, an actor that the driver empties; the driver alone writes records. A task whose
-node or process dies is sent once more, from the first cell that was not reported, with a node's cores to itself.
+Tasks send what happens to a mailbox, an actor that the driver empties; the driver alone writes records. A job whose
+node or process dies is sent again, from the first cell that was not reported, with a node's cores to itself. A cell
+that had begun both times failed; a job that had not begun waits and is sent again, since Ray goes on placing tasks on
+a dead node until it has missed its heartbeats.
 
 Nodes need the same version of methodbench and of the plugins; a method whose source differs is refused. Weights and
 data are fetched on each node into its own cache.
@@ -35,6 +37,11 @@ from methodbench.provenance import environment, source_digest
 _LOOK_SECONDS = 0.05
 #: Seconds between two checks that what waits can still be placed somewhere.
 _PLACE_SECONDS = 2.0
+#: How often a cell may lose the node or process that had begun it; the second time it had the node to itself.
+_LOSSES = 2
+#: How often a job may be lost before it began; the pauses between double, and together outlast Ray's heartbeats.
+_MISSES = 7
+_FIRST_PAUSE_SECONDS = 0.5
 _OBJECT_STORE_BYTES = 128 * 2**20
 
 
@@ -214,6 +221,7 @@ class RayExecutor:
         self._mailbox: Any = None
         self._running: dict[str, _Running] = {}
         self._refs: dict[Any, str] = {}
+        self._paused: list[tuple[float, Mapping[str, Any]]] = []
         self._next_place = 0.0
 
     def _connect(self, options: ExecutorOptions) -> None:
@@ -270,12 +278,14 @@ class RayExecutor:
 
     def run(self, jobs: Sequence[Mapping[str, Any]], sink: Sink) -> None:
         waiting = deque(jobs)
-        while waiting or self._running:
+        while waiting or self._running or self._paused:
+            self._resume(waiting)
             while waiting and len(self._running) < self._window():
                 admitted = sink.admit(waiting.popleft())
                 if admitted is not None:
                     self._send(admitted)
             if not self._refs:
+                time.sleep(_LOOK_SECONDS if self._paused else 0)
                 continue
             # Tasks that have ended first: what they sent is in the mailbox by then.
             done, _ = self._ray.wait(list(self._refs), num_returns=len(self._refs), timeout=_LOOK_SECONDS)
@@ -296,6 +306,7 @@ class RayExecutor:
             self._ray.cancel(ref, force=True)
         self._refs.clear()
         self._running.clear()
+        self._paused.clear()
         if self._mailbox is not None:
             self._ray.kill(self._mailbox)
         if self._own:
@@ -310,7 +321,7 @@ class RayExecutor:
         needs = Needs.of(job)
         widest = max((node.get("CPU", 0) for node in self._nodes()), default=1)
         # A job that lost its node has one to itself, so that it can take no other along.
-        cores = widest if "again" in job else min(needs.cores, widest)
+        cores = widest if "losses" in job else min(needs.cores, widest)
         resources: dict[str, Any] = {"num_cpus": cores, "num_gpus": needs.gpus}
         if needs.memory:
             resources["memory"] = needs.memory
@@ -359,15 +370,31 @@ class RayExecutor:
         job, index, count = running.job, running.next_cell, len(running.job["cells"])
         if index >= count:
             return
-        if "again" in job and job["first"] == index:
+        same = job["first"] == index
+        losses = (job.get("losses", 0) if same else 0) + running.started
+        misses = (job.get("misses", 0) if same else 0) + (not running.started)
+        again = {**job, "first": index, "losses": losses, "misses": misses}
+        if losses >= _LOSSES or misses >= _MISSES:
             sink.finished(job, {index: CellOutcome(status, problem)})
             if index + 1 < count:
-                waiting.appendleft({**job, "first": index + 1})
+                waiting.appendleft({**job, "first": index + 1, "losses": 0, "misses": 0})
+        elif running.started:
+            waiting.appendleft(again)
         else:
-            waiting.appendleft({**job, "first": index, "again": True})
+            pause = _FIRST_PAUSE_SECONDS * 2 ** (misses - 1)
+            self._paused.append((time.monotonic() + pause, again))
+
+    def _resume(self, waiting: deque[Mapping[str, Any]]) -> None:
+        """Put the jobs whose pause is over to the front of what waits."""
+        now = time.monotonic()
+        waiting.extendleft(job for until, job in self._paused if until <= now)
+        self._paused = [(until, job) for until, job in self._paused if until > now]
 
     def _lose_everything(self, waiting: deque[Mapping[str, Any]], sink: Sink) -> None:
-        """The node of the mailbox is gone: what runs can no longer report, and starts anew with another one."""
+        """The node of the mailbox is gone: what runs can no longer report, and starts anew with another one.
+
+        That is no cell's fault, so that what had begun counts as if it had not.
+        """
         for ref in self._refs:
             self._ray.cancel(ref, force=True)
         lost = list(self._running.values())
@@ -375,7 +402,8 @@ class RayExecutor:
         self._running.clear()
         self._mailbox = None
         for running in lost:
-            self._settle(running, waiting, sink, "failed", "the node of the mailbox was lost twice")
+            running.started = False
+            self._settle(running, waiting, sink, "failed", "the node of the mailbox was lost every time")
 
     def _check_places(self, sink: Sink) -> None:
         """Report jobs that no node of the cluster can take any more."""
