@@ -26,7 +26,7 @@ def implementation(method: Method) -> type:
 def test_the_family_lists_its_methods_once() -> None:
     (family,) = plugin.methodbench_families()
     names = [method.name for method in METHODS]
-    pruners = ["magnitude", "wanda", "sparsegpt", "gblm-pruner"]
+    pruners = ["magnitude", "wanda", "sparsegpt", "gblm-pruner", "cfsp"]
     assert names == [*pruners, *(method.name for method in (*ACTIVATION_METHODS, *PROBES))]
     assert len(set(names)) == len(names)
     assert {method.family for method in METHODS} == {family.name}

@@ -38,6 +38,9 @@ class BlockStep:
     """Hidden states, one [B, T, hidden] (or [B, C, H, W]) per batch of calibration sequences."""
     kwargs: list[dict[str, Any]] = field(default_factory=list)
     """The block's other arguments, by name, one dictionary per batch."""
+    outputs: list[Tensor] | None = None
+    """What the untouched block makes of its inputs, where :func:`walk` ran it before the consumer (``observe`` with
+    ``propagate="dense"``)."""
 
     def forward(self, observers: Mapping[str, Observer] | None = None) -> list[Tensor]:
         """Run the block, as it is at this moment, on every batch, without gradients.
@@ -106,6 +109,7 @@ def walk(
             outputs = step.forward(observe(step.block) if observe is not None else None)
         if propagate == "compressed":
             outputs = None
+        step.outputs = outputs
         yield step
         if not last:
             step.block = model.module.get_submodule(name)
