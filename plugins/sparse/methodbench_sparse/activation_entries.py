@@ -374,4 +374,32 @@ PROBES: tuple[Method, ...] = (
         claims="nonzero-neurons.toml",
         properties=("deterministic", "no-input-mutation"),
     ),
+    Method(
+        name="depth-use",
+        kind="probe",
+        family="sparse",
+        impl="methodbench_sparse.depth_use:DepthUse",
+        summary="What blocks write, what is lost without it, and when the prediction is settled.",
+        applies_to=("causal-lm",),
+        paper=Paper(
+            title="Do Language Models Use Their Depth Efficiently?",
+            arxiv="2505.13898",
+            year=2025,
+            code="RobertCsordas/llm_effective_depth",
+        ),
+        needs=("calibration",),
+        presets={
+            "skip": {},
+            "all-positions": {"positions": 0},
+            "attention": {"part": "attention"},
+            "mlp": {"part": "mlp"},
+            "local": {"local": True},
+        },
+        fidelity="reimplementation",
+        parity="a reference of the authors' formulas, RobertCsordas/llm_effective_depth@"
+        "f29a11586a2515dd255bf4e1dee118a842c6ed29",
+        vectors=("sparse/depth_use",),
+        claims="depth-use.toml",
+        properties=("deterministic", "no-input-mutation"),
+    ),
 )

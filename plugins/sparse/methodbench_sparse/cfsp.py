@@ -76,10 +76,11 @@ class CFSP:
     per_budget: Annotated[
         bool, Field(description="scale the constant 1e4 to the tokens there are; off as in the authors' code")
     ] = True
-    recovery_steps: Annotated[
-        int, Field(ge=0, le=100_000, description="steps of fine-tuning, one sequence each; 0: none")
-    ] = 0
+    recovery_steps: Annotated[int, Field(ge=0, le=100_000, description="steps of fine-tuning; 0: none")] = 0
     recovery_rank: Annotated[int, Field(ge=1, le=1024, description="mean rank of the updates")] = 8
+    recovery_tokens: Annotated[
+        int, Field(ge=2, le=100_000, description="tokens of a step, from a random place of a sequence")
+    ] = 256
     recovery_lr: Annotated[float, Field(gt=0, le=1, description="learning rate of AdamW")] = 1e-4
 
     def compress(self, model: LoadedModel, data: Calibration, ctx: Context) -> LoadedModel:
@@ -142,9 +143,11 @@ class CFSP:
         trained = [parameter for update in updates.values() for parameter in update.factors()]
         optimizer = torch.optim.AdamW(trained, lr=self.recovery_lr, weight_decay=0.0)
         for step in range(self.recovery_steps):
+            ids = data.inputs[step % len(data)]
+            start = int(torch.randint(max(1, len(ids) - self.recovery_tokens + 1), (), generator=generator))
             optimizer.zero_grad()
             with torch.enable_grad():
-                loss = text_loss(model, data.inputs[step % len(data)])
+                loss = text_loss(model, ids[start : start + self.recovery_tokens])
                 loss.backward()
             if not bool(loss.isfinite()):
                 raise DivergedError(f"the loss of step {step} of recovery is not finite")
