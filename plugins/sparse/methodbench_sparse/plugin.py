@@ -9,6 +9,7 @@ from methodbench.entries import Family, Method, Paper, SuiteFile
 from methodbench.hookspecs import hookimpl
 from methodbench_sparse.activation_entries import METHODS as ACTIVATION_METHODS
 from methodbench_sparse.activation_entries import PROBES
+from methodbench_sparse.training_entries import METHODS as TRAINING_METHODS
 
 _WANDA_CODE = "locuslab/wanda@8e8fc87b4a2f9955baa7e76e64d5fce7fa8724a6"
 
@@ -215,6 +216,7 @@ def methodbench_methods() -> list[Method]:
                 "dtype-stable",
             ),
         ),
+        *TRAINING_METHODS,
         *ACTIVATION_METHODS,
         *PROBES,
     ]
