@@ -12,7 +12,8 @@ from methodbench.context import Context
 from methodbench.errors import DivergedError, NotApplicableError, ParameterError
 from methodbench.params import build
 from methodbench.torchkit.model import Calibration, LoadedModel
-from methodbench_sparse.gblm_pruner import GBLMPruner, gather, gblm_score, text_loss
+from methodbench.torchkit.text_tuning import text_loss
+from methodbench_sparse.gblm_pruner import GBLMPruner, gather, gblm_score
 from methodbench_sparse.masks import row_mask
 from methodbench_sparse.wanda import Wanda, wanda_score
 

@@ -324,6 +324,36 @@ METHODS: tuple[Method, ...] = (
         vectors=("sparse/void_lac",),
         properties=("deterministic", "no-input-mutation", "batch-split-invariant", "identity-at:mode=trace"),
     ),
+    Method(
+        name="relufication",
+        kind="compressor",
+        stage="prune",
+        family="sparse",
+        impl="methodbench_sparse.relufication:Relufication",
+        summary="ReLUs in place of smooth activation functions, and behind norms, with a short fine-tuning.",
+        applies_to=("causal-lm",),
+        paper=Paper(
+            title="ReLU Strikes Back: Exploiting Activation Sparsity in Large Language Models",
+            arxiv="2310.04564",
+            venue="ICLR",
+            year=2024,
+        ),
+        needs=("calibration",),
+        presets={
+            "s1": {},
+            "s2": {"stage": 2},
+            "s1-shifted": {"shift": 0.5},
+            "s1-untuned": {"steps": 0},
+            "s2-untuned": {"stage": 2, "steps": 0},
+        },
+        claims="relufication.toml",
+        fidelity="partial",
+        parity="a reference of the paper's definitions; no code of the authors is public",
+        vectors=("sparse/relufication",),
+        properties=("deterministic", "no-input-mutation", "identity-at:stage=0", "dtype-stable"),
+        # A compressor of planted layers has no text to learn from for long.
+        check_params={"steps": 2},
+    ),
 )
 
 PROBES: tuple[Method, ...] = (

@@ -36,7 +36,7 @@ from methodbench.torchkit.activation_sparsity import FeedForward, feed_forwards
 from methodbench.torchkit.low_rank import LowRankUpdate, merge_updates
 from methodbench.torchkit.model import Calibration, LoadedModel, set_submodule
 from methodbench.torchkit.sequential import walk
-from methodbench_sparse.gblm_pruner import text_loss
+from methodbench.torchkit.text_tuning import tune_on_text
 from methodbench_sparse.wanda import InputScale
 
 Score = Literal[
@@ -141,17 +141,15 @@ class CFSP:
                 updates[f"{block}.{name}"] = update
                 set_submodule(model.module, f"{block}.{name}", update)
         trained = [parameter for update in updates.values() for parameter in update.factors()]
-        optimizer = torch.optim.AdamW(trained, lr=self.recovery_lr, weight_decay=0.0)
-        for step in range(self.recovery_steps):
-            ids = data.inputs[step % len(data)]
-            start = int(torch.randint(max(1, len(ids) - self.recovery_tokens + 1), (), generator=generator))
-            optimizer.zero_grad()
-            with torch.enable_grad():
-                loss = text_loss(model, ids[start : start + self.recovery_tokens])
-                loss.backward()
-            if not bool(loss.isfinite()):
-                raise DivergedError(f"the loss of step {step} of recovery is not finite")
-            optimizer.step()
+        tune_on_text(
+            model,
+            data,
+            trained,
+            steps=self.recovery_steps,
+            lr=self.recovery_lr,
+            tokens=self.recovery_tokens,
+            generator=generator,
+        )
         merge_updates(model.module, updates)
 
 

@@ -28,6 +28,7 @@ from methodbench.context import Context
 from methodbench.errors import DivergedError, NotApplicableError
 from methodbench.params import hyperparameters
 from methodbench.torchkit.model import Calibration, LoadedModel, set_weight
+from methodbench.torchkit.text_tuning import text_loss
 from methodbench_sparse.wanda import RowSettings, lowest, prune_blocks, wanda_score
 
 Norm = Literal["l2", "l1"]
@@ -74,19 +75,6 @@ class GBLMPruner(RowSettings):
             return lowest(scores, self.sparsity, self.pattern, self.use_variant, name)
 
         return prune_blocks(pruned, data, ctx, mask)
-
-
-def text_loss(model: LoadedModel, ids: Tensor) -> Tensor:
-    """Return the mean next-token loss, in nats, of one sequence ``ids`` [tokens], with its graph.
-
-    Raises:
-        NotApplicableError: the model gives no logits.
-    """
-    ids = ids.to(next(model.module.parameters()).device)
-    logits = getattr(model.module(ids[None]), "logits", None)
-    if logits is None:
-        raise NotApplicableError(f"{model.name} gives no logits, so text has no loss")
-    return nn.functional.cross_entropy(logits[0, :-1].float(), ids[1:])
 
 
 def gather(
