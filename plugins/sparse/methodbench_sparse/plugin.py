@@ -239,6 +239,12 @@ def methodbench_suites() -> list[SuiteFile]:
             summary="Pruned weights of SmolLM2-135M, at 50 to 70 % and in patterns.",
         ),
         SuiteFile(
+            name="cnn-prune",
+            package="methodbench_sparse",
+            path="suites/cnn-prune.yaml",
+            summary="Pruned weights of ResNet-20 and ResNet-56 on CIFAR-10, at 50 to 95 % and in patterns.",
+        ),
+        SuiteFile(
             name="llm-activation-sparsity",
             package="methodbench_sparse",
             path="suites/llm-activation-sparsity.yaml",
