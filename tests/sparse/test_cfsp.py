@@ -19,12 +19,12 @@ from methodbench.torchkit.size import tensor_bytes
 from methodbench_sparse.cfsp import (
     CFSP,
     change,
-    gated_networks,
     keep_ratios,
     kept,
     neuron_scores,
     statistics,
 )
+from methodbench_sparse.structured import gated_networks
 
 
 def prune(model: LoadedModel, data: Calibration, **hyper: Any) -> LoadedModel:

@@ -32,11 +32,12 @@ from torch import Tensor, nn
 from methodbench.context import Context
 from methodbench.errors import DivergedError, NotApplicableError
 from methodbench.params import hyperparameters
-from methodbench.torchkit.activation_sparsity import FeedForward, feed_forwards
+from methodbench.torchkit.activation_sparsity import FeedForward
 from methodbench.torchkit.low_rank import LowRankUpdate, merge_updates
 from methodbench.torchkit.model import Calibration, LoadedModel, set_submodule
 from methodbench.torchkit.sequential import walk
 from methodbench.torchkit.text_tuning import tune_on_text
+from methodbench_sparse.structured import cut, gated_networks, record_widths
 from methodbench_sparse.wanda import InputScale
 
 Score = Literal[
@@ -49,8 +50,6 @@ TOKENS = 128 * 1024
 DIVISOR = 1e4
 #: How far below "all" the block that keeps most stays when z is drawn together, as in the authors' code.
 MARGIN = 1.05
-
-DENOMINATOR = "hidden neurons of the feed-forward networks; attention, embeddings and head keep their size"
 
 
 @hyperparameters
@@ -107,17 +106,7 @@ class CFSP:
             if self.recovery_steps:
                 with ctx.phase("recovery"):
                     self._recover(pruned, data, keep, ctx)
-        widths = [
-            int(pruned.module.get_submodule(network.down).get_parameter("weight").shape[1])
-            for network in networks
-        ]
-        pruned.storage = "real"
-        pruned.facts |= {
-            "neurons_cut_share": 1 - sum(widths) / sum(network.neurons for network in networks),
-            "neurons_left": widths,
-            "neurons_denominator": DENOMINATOR,
-        }
-        return pruned
+        return record_widths(pruned, networks)
 
     def _scores(self, model: LoadedModel, network: FeedForward, norm: Tensor, ctx: Context) -> Tensor:
         if self.score == "random":
@@ -151,21 +140,6 @@ class CFSP:
             generator=generator,
         )
         merge_updates(model.module, updates)
-
-
-def gated_networks(model: LoadedModel) -> list[FeedForward]:
-    """Return the feed-forward network of every block.
-
-    Raises:
-        NotApplicableError: a block has none, more than one (experts), or one without a gate.
-    """
-    networks = feed_forwards(model)
-    blocks = model.adapter.block_names(model.module)
-    if [network.block for network in networks] != blocks or not all(network.up for network in networks):
-        raise NotApplicableError(
-            f"{model.name} has not one feed-forward network of gate, up and down projection in every block"
-        )
-    return networks
 
 
 def statistics(
@@ -281,21 +255,3 @@ def kept(scores: Tensor, share: float, multiple: int) -> Tensor:
         last = max(1, int((neurons * share + multiple / 2) / multiple)) * multiple - 1
     threshold = scores.sort(descending=True).values[min(last, neurons - 1)]
     return scores >= threshold
-
-
-def cut(model: LoadedModel, network: FeedForward, mask: Tensor) -> None:
-    """Replace the three projections of ``network`` by those of the neurons in ``mask``, in place."""
-    index = mask.nonzero().flatten()
-    for name, dim in ((network.first, 0), (network.up, 0), (network.down, 1)):
-        set_submodule(model.module, name, _part(model.module.get_submodule(name), index, dim))
-
-
-def _part(linear: nn.Module, index: Tensor, dim: int) -> nn.Linear:
-    weight = linear.get_parameter("weight").detach().index_select(dim, index)
-    bias = getattr(linear, "bias", None)
-    part = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    part.weight = nn.Parameter(weight, requires_grad=False)
-    if bias is not None:
-        kept_bias = bias.detach().index_select(0, index) if dim == 0 else bias.detach()
-        part.register_parameter("bias", nn.Parameter(kept_bias, requires_grad=False))
-    return part.train(linear.training)

@@ -13,7 +13,8 @@ from methodbench.context import Context
 from methodbench.testing.parity import Vectors, stated_by
 from methodbench.torchkit.adapters import Adapter
 from methodbench.torchkit.model import Calibration, LoadedModel
-from methodbench_sparse.cfsp import CFSP, gated_networks, keep_ratios, statistics
+from methodbench_sparse.cfsp import CFSP, keep_ratios, statistics
+from methodbench_sparse.structured import gated_networks
 
 pytestmark = pytest.mark.vectors("sparse", "cfsp")
 
