@@ -27,7 +27,7 @@ def implementation(method: Method) -> type:
 def test_the_family_lists_its_methods_once() -> None:
     (family,) = plugin.methodbench_families()
     names = [method.name for method in METHODS]
-    pruners = ["magnitude", "wanda", "sparsegpt", "gblm-pruner", "cfsp", "unified-sparsity"]
+    pruners = ["magnitude", "wanda", "sparsegpt", "gblm-pruner", "cfsp", "unified-sparsity", "read-me"]
     listed = (*TRAINING_METHODS, *ACTIVATION_METHODS, *PROBES)
     assert names == [*pruners, *(method.name for method in listed)]
     assert len(set(names)) == len(names)

@@ -45,6 +45,23 @@ def part_of(linear: nn.Module, index: Tensor, dim: int) -> nn.Linear:
     return part.train(linear.training)
 
 
+class FeedForwardPart(nn.Module):
+    """Some neurons of a gated network."""
+
+    def __init__(
+        self, gate: nn.Module, up: nn.Module, down: nn.Module, act: nn.Module, index: Tensor
+    ) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj = part_of(gate, index, 0), part_of(up, index, 0)
+        self.down_proj = part_of(down, index, 1)
+        self.act_fn = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return their part of the network's output."""
+        y: Tensor = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        return y
+
+
 def record_widths(model: LoadedModel, networks: list[FeedForward]) -> LoadedModel:
     """Put the neurons that are left into the facts of ``model``, and return it.
 

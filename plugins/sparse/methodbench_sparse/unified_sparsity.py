@@ -38,7 +38,7 @@ from methodbench.torchkit.activation_sparsity import FeedForward
 from methodbench.torchkit.model import Calibration, LoadedModel, set_submodule
 from methodbench.torchkit.sequential import hidden_of, walk
 from methodbench.torchkit.text_tuning import own_parameters, tune_on_text
-from methodbench_sparse.structured import cut, gated_networks, part_of, record_widths
+from methodbench_sparse.structured import FeedForwardPart, cut, gated_networks, record_widths
 
 Mode = Literal["depth", "width", "experts"]
 Drop = Literal["block", "attention", "mlp"]
@@ -293,23 +293,6 @@ def deal(importance: Tensor, experts: int, shared: float) -> tuple[Tensor, Tenso
     rows = rest.view(-1, experts).clone()
     rows[1::2] = rows[1::2].flip(1)
     return order[:kept], rows.T.contiguous()
-
-
-class FeedForwardPart(nn.Module):
-    """Some neurons of a gated network."""
-
-    def __init__(
-        self, gate: nn.Module, up: nn.Module, down: nn.Module, act: nn.Module, index: Tensor
-    ) -> None:
-        super().__init__()
-        self.gate_proj, self.up_proj = part_of(gate, index, 0), part_of(up, index, 0)
-        self.down_proj = part_of(down, index, 1)
-        self.act_fn = act
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return their part of the network's output."""
-        y: Tensor = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
-        return y
 
 
 class Mixture(nn.Module):

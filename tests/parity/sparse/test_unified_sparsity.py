@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from methodbench.testing.parity import Vectors, stated_by
+from methodbench_sparse.structured import FeedForwardPart
 from methodbench_sparse.unified_sparsity import (
     Contribution,
-    FeedForwardPart,
     Mixture,
     deal,
     most_alike,
