@@ -18,11 +18,12 @@ from methodbench.errors import DivergedError, MethodbenchError, NotApplicableErr
 from methodbench.params import build
 from methodbench.torchkit.model import LoadedModel
 from methodbench.torchkit.seeding import repeatable
-from methodbench_vision.models.cifar10 import CifarResNet, ResNetCifar10, ViTTinyCifar10, shortcut
-from methodbench_vision.models.digits_vit import DigitsViT, spread_channels
+from methodbench_vision.models.cifar10 import CifarResNet, ResNetCifar10, ViTTinyCifar10, build_vit, shortcut
+from methodbench_vision.models.digits_vit import DigitsViT
 from methodbench_vision.models.digits_vit import build as build_digits_vit
 from methodbench_vision.models.efficientnet import EfficientNetLite0, timm_names
 from methodbench_vision.models.entries import MODELS, model_named
+from methodbench_vision.models.outlier_channels import spread_channels
 from methodbench_vision.models.shapes_cnn import ShapesCNN, ShapesNet
 from methodbench_vision.models.shapes_vit import ShapesViT
 from methodbench_vision.models.storage import load_weights, read_checkpoint, save_weights
@@ -123,6 +124,24 @@ def test_outlier_option_changes_the_stored_weights_but_not_the_outputs(
     qkv = "blocks.0.attn.qkv.weight"
     stored, plain = (load_file(folder / "model.safetensors")[qkv] for folder in (tmp_path, digits_folder))
     assert not torch.allclose(stored, plain)
+
+
+def test_the_vit_of_cifar10_has_the_same_variant(tmp_path: Path, ctx: Context) -> None:
+    weights = build_vit().state_dict()
+    source = tmp_path / "weights.safetensors"
+    save_file(weights, source)
+    models = []
+    for scale in (0.0, 1.0):
+        loader, folder = ViTTinyCifar10(outlier_scale=scale), tmp_path / str(scale)
+        folder.mkdir()
+        loader.prepare(source, folder, ctx)
+        models.append(loader.load(folder, ctx))
+    plain, spread = models
+    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(spread.module(x), plain.module(x), rtol=1e-3, atol=1e-3)
+    qkv = "blocks.0.attn.qkv.weight"
+    assert not torch.allclose(spread.module.get_parameter(qkv), plain.module.get_parameter(qkv))
+    assert (plain.facts["outlier_scale"], spread.facts["outlier_scale"]) == (0.0, 1.0)
 
 
 def test_shapes_net_is_a_cnn_of_four_stages_over_16_by_16_cells() -> None:

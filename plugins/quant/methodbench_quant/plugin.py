@@ -81,4 +81,16 @@ def methodbench_suites() -> list[SuiteFile]:
             path="suites/llm-rotation.yaml",
             summary="Rotation and reconstruction where rounding to nearest breaks the model: W4A4, KV4, W3 and W2.",
         ),
+        SuiteFile(
+            name="vit-ptq",
+            package="methodbench_quant",
+            path="suites/vit-ptq.yaml",
+            summary="Vision transformers at 8, 6, 4 and 3 bits for weights and activations, with and without outliers.",
+        ),
+        SuiteFile(
+            name="cnn-ptq",
+            package="methodbench_quant",
+            path="suites/cnn-ptq.yaml",
+            summary="Convolutional networks with weights of 4, 3 and 2 bits, and with activations of few bits.",
+        ),
     ]

@@ -20,22 +20,28 @@ from methodbench.errors import SourceError
 from methodbench.params import hyperparameters
 from methodbench.torchkit.adapters import detect
 from methodbench.torchkit.model import LoadedModel, Preprocess
+from methodbench_vision.models.outlier_channels import OutlierChannels
 from methodbench_vision.models.storage import load_weights, read_checkpoint, read_safetensors, save_weights
 from methodbench_vision.tasks.datasets import CIFAR10_CLASSES
 
 
 @hyperparameters
-class ViTTinyCifar10:
+class ViTTinyCifar10(OutlierChannels):
     """Loads timm's ``vit_tiny_patch16_224`` built for 32 x 32 pixels with patches of 4 x 4."""
 
     def prepare(self, source: Path | None, target: Path, ctx: Context) -> None:
         if source is None:
             raise SourceError("the model has no weights file", "Its source must be a file, not a recipe.")
-        save_weights(read_safetensors(source), target)
+        weights = read_safetensors(source)
+        if self.outlier_scale:
+            module = build_vit()
+            module.load_state_dict(weights)
+            self.spread(module)
+            weights = module.state_dict()
+        save_weights(weights, target)
 
     def load(self, folder: Path, ctx: Context) -> LoadedModel:
-        module = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=4, num_classes=10)
-        module = load_weights(module, folder, ctx)
+        module = load_weights(build_vit(), folder, ctx)
         return LoadedModel(
             name="vit-tiny-cifar10",
             kind="vit",
@@ -43,8 +49,14 @@ class ViTTinyCifar10:
             adapter=detect(module),
             preprocess=Preprocess(size=(32, 32), mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616)),
             classes=CIFAR10_CLASSES,
-            facts={"data": "cifar10"},
+            facts={"data": "cifar10", "outlier_scale": self.outlier_scale},
         )
+
+
+def build_vit() -> nn.Module:
+    """Return the untrained network; inputs float32 [B, 3, 32, 32]."""
+    module: nn.Module = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=4, num_classes=10)
+    return module
 
 
 @hyperparameters

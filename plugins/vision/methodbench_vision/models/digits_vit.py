@@ -16,13 +16,14 @@ from typing import Annotated
 import torch
 from pydantic import Field
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
+from torch import Tensor
 
 from methodbench.context import Context
 from methodbench.params import hyperparameters
-from methodbench.torchkit.adapters import Adapter, detect
+from methodbench.torchkit.adapters import detect
 from methodbench.torchkit.model import LoadedModel, Preprocess
 from methodbench.torchkit.seeding import repeatable
+from methodbench_vision.models.outlier_channels import OutlierChannels
 from methodbench_vision.models.storage import load_weights, save_weights
 from methodbench_vision.models.training import check_accuracy, train
 from methodbench_vision.tasks.datasets import DIGITS_CLASSES, LabelledImages, digits
@@ -32,18 +33,11 @@ PREPROCESS = Preprocess(size=(8, 8), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 
 
 @hyperparameters
-class DigitsViT:
+class DigitsViT(OutlierChannels):
     """Trains a ViT of three blocks (width 48, three heads, patches of 2 x 2) on 1,297 digits."""
 
     epochs: Annotated[int, Field(ge=1, le=1000, description="passes over the training images")] = 40
     seed: Annotated[int, Field(ge=0, description="of initialization and order of images")] = 0
-    outlier_scale: Annotated[
-        float, Field(ge=0, le=3, description="spread s of the injected channel scales; 0 injects nothing")
-    ] = 0.0
-    outlier_channels: Annotated[
-        int, Field(ge=0, le=48, description="channels per norm that are made 30 times larger")
-    ] = 2
-    outlier_seed: Annotated[int, Field(ge=0, description="of the channels and their scales")] = 1
     min_accuracy: Annotated[
         float, Field(ge=0, le=1, description="least held-out accuracy; training that misses it is an error")
     ] = 0.95
@@ -62,9 +56,7 @@ class DigitsViT:
                 ctx=ctx,
             )
             check_accuracy(module, *held_out, self.min_accuracy)
-        if self.outlier_scale:
-            generator = torch.Generator().manual_seed(self.outlier_seed)
-            spread_channels(module, detect(module), self.outlier_scale, self.outlier_channels, generator)
+        self.spread(module)
         save_weights(module.state_dict(), target)
 
     def load(self, folder: Path, ctx: Context) -> LoadedModel:
@@ -85,35 +77,6 @@ def build() -> VisionTransformer:
     return VisionTransformer(
         img_size=8, patch_size=2, num_classes=10, embed_dim=48, depth=3, num_heads=3, mlp_ratio=2.0
     )
-
-
-def spread_channels(
-    module: nn.Module, adapter: Adapter, scale: float, channels: int, generator: torch.Generator
-) -> None:
-    """Spread the channels of every norm that a block's layers read, and undo it in those layers, in place.
-
-    Args:
-        module: keeps its function up to rounding.
-        adapter: finds the norms and the layers that read them.
-        scale: standard deviation of the channels' log scales.
-        channels: how many channels per norm become 30 times larger still.
-        generator: draws scales and channels, on the CPU.
-    """
-    for block in adapter.blocks(module):
-        for group in adapter.scale_groups(block):
-            norm = block.get_submodule(group.previous)
-            if not isinstance(norm, nn.LayerNorm):
-                continue
-            width = norm.weight.numel()
-            ratio = torch.exp(scale * torch.randn(width, generator=generator))
-            ratio[torch.randperm(width, generator=generator)[:channels]] *= 30
-            with torch.no_grad():
-                norm.weight.mul_(ratio)
-                norm.bias.mul_(ratio)
-                for name in group.linears:
-                    weight = block.get_submodule(name).weight
-                    assert isinstance(weight, Tensor)
-                    weight.div_(ratio)
 
 
 def _tensors(images: LabelledImages) -> tuple[Tensor, Tensor]:

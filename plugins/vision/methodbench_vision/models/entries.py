@@ -12,6 +12,11 @@ _HUB_NAME = re.compile(r"hub:timm/(?P<architecture>[A-Za-z0-9][\w.-]*)(@[\w./-]+
 #: Architectures of timm whose names begin so are plain vision transformers; the loader checks the structure.
 _TRANSFORMER_PREFIXES = ("vit_", "deit", "flexivit_", "beit", "eva")
 
+#: What the variants with outlier channels are.
+_SPREAD = (
+    "Gains and biases of each block's norms are multiplied by r per channel, and the next layer's columns divided by "
+    "r: outputs equal {name}'s, activations spread over orders of magnitude."
+)
 _LOSSLESS = "Trained on the lossless images of CIFAR-10; on JPEG copies accuracy is some ten points lower."
 
 MODELS: list[Model] = [
@@ -45,10 +50,7 @@ MODELS: list[Model] = [
         loader=f"{_LOADERS}.digits_vit:DigitsViT",
         options={"outlier_scale": 1.0},
         summary="digits-vit with outlier channels put in: same function, activations hostile to quantizers.",
-        notes=(
-            "Gains and biases of each block's norms are multiplied by r per channel, and the next layer's "
-            "columns divided by r: outputs equal digits-vit's, activations spread over orders of magnitude."
-        ),
+        notes=_SPREAD.format(name="digits-vit"),
         extra="vision",
     ),
     Model(
@@ -76,6 +78,16 @@ MODELS: list[Model] = [
         loader=f"{_LOADERS}.cifar10:ViTTinyCifar10",
         summary="ViT-Tiny on CIFAR-10 with patches of 4 x 4 pixels: 5.4 M parameters.",
         notes="Stored in half precision, computed in single precision.",
+        extra="vision",
+    ),
+    Model(
+        name="vit-tiny-cifar10-outliers",
+        kind="vit",
+        source="file:{models}/vit_tiny_cifar10.safetensors",
+        loader=f"{_LOADERS}.cifar10:ViTTinyCifar10",
+        options={"outlier_scale": 1.0},
+        summary="vit-tiny-cifar10 with outlier channels put in: same function, activations hostile to quantizers.",
+        notes=_SPREAD.format(name="vit-tiny-cifar10"),
         extra="vision",
     ),
     Model(
