@@ -5,7 +5,8 @@ VENV := .venv
 RUN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST_FLAGS ?=
-BENCHMARKS := $(filter-out benchmarks/common.py benchmarks/_%,$(wildcard benchmarks/*.py))
+# Those that fill pages from databases of results measure nothing.
+BENCHMARKS := $(filter-out benchmarks/common.py benchmarks/_%,$(shell grep -L "from _tables" benchmarks/*.py))
 
 .PHONY: demo test lint docs format bench site clean
 

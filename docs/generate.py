@@ -128,7 +128,7 @@ def kinds() -> Iterator[str]:
 def entries() -> Iterator[str]:
     """Page of the entries that plugins register."""
     yield from ("# Entries", "", "What a plugin registers. All are in `methodbench.entries`.", "")
-    for name in ("Method", "Paper", "Model", "Task", "Metric", "Resources", "Family", "SuiteFile"):
+    for name in ("Method", "Paper", "Model", "Task", "Metric", "Axis", "Resources", "Family", "SuiteFile"):
         yield from fields_of("methodbench.entries", name)
     yield from ("## Fidelity", "")
     yield from table(("value", "meaning"), ((f"`{key}`", text) for key, text in FIDELITIES.items()))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -66,7 +66,9 @@ class Scale:
             first, last = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))
             for digits in ((1, 1.5, 2, 3, 4, 5, 6, 8), (1, 2, 3, 5), (1, 2, 5), (1, 3), (1,)):
                 values = [digit * 10.0**power for power in range(first, last + 1) for digit in digits]
-                values = [value for value in values if self.low <= value <= self.high]
+                values = [
+                    value for value in values if self.low * (1 - 1e-9) <= value <= self.high * (1 + 1e-9)
+                ]
                 if len(values) <= most + 1:
                     break
             return values[:: max(1, math.ceil(len(values) / most))] if len(values) > most + 1 else values
@@ -388,12 +390,24 @@ class CurveChart:
     clipped: bool
     """Whether some points lie beyond the axis; they are drawn at its edge."""
     left_out: list[str] = field(default_factory=list)
+    x_label: str = ""
 
 
-def curve_chart(curves: Sequence[Curve], *, width: float = 560, height: float = 320) -> CurveChart | None:
+def curve_chart(
+    curves: Sequence[Curve],
+    *,
+    positions: Callable[[int], Sequence[float] | None] | None = None,
+    x_label: str = "",
+    width: float = 560,
+    height: float = 320,
+) -> CurveChart | None:
     """Lay out mean curves with the range over seeds; None where no curve has two points.
 
     The first :data:`MOST_CURVES` are drawn. Points that are not finite break a line.
+
+    Args:
+        positions: where so many points lie, rising; over their numbers by default, and where it is None.
+        x_label: what positions count.
     """
     usable = [curve for curve in curves if any(points.size > 1 for points in curve.seeds)]
     shown = usable[:MOST_CURVES]
@@ -408,13 +422,19 @@ def curve_chart(curves: Sequence[Curve], *, width: float = 560, height: float = 
         return None
     ends = _limits(finite)
     y = make_scale(ends, bottom, top, pad=0.04)
-    x = Scale(0.0, float(max(steps - 1, 1)), left, right, False)
+    places = positions(steps) if positions else None
+    if places is None or any(b <= a for a, b in pairwise(places)):
+        places, x_label = range(steps), "point of the curve"
+    first = float(places[0])
+    # What is listed by powers is read by powers.
+    log = first > 0 and float(places[-1]) / first >= LOG_RATIO
+    x = Scale(first, float(places[-1]) if steps > 1 else first + 1, left, right, log)
     if y is None:
         return None
     lines = []
     for style, (curve, (mean, low, high)) in enumerate(zip(shown, summaries, strict=True)):
         keep = np.unique(np.linspace(0, mean.size - 1, min(mean.size, MOST_POINTS)).round().astype(int))
-        xs = [x(float(step)) for step in keep]
+        xs = [x(float(places[step])) for step in keep]
         band = ""
         if len(curve.seeds) > 1 and np.isfinite(low[keep]).all() and np.isfinite(high[keep]).all():
             upper = [f"{px:g},{y(float(value)):g}" for px, value in zip(xs, high[keep], strict=True)]
@@ -429,7 +449,7 @@ def curve_chart(curves: Sequence[Curve], *, width: float = 560, height: float = 
     return CurveChart(
         width, height, left, right, top, bottom, lines, x.ticks(6), y.ticks(5), y.log,
         bool(finite.min() < ends[0] or finite.max() > ends[1]),
-        [curve.label for curve in usable[MOST_CURVES:]],
+        [curve.label for curve in usable[MOST_CURVES:]], x_label + (", log scale" if log else ""),
     )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from methodbench.stats import friedman
+from methodbench.stats import friedman, performance_ratios, profile_scores
 from methodbench_leaderboard.charts import CHARACTER, LARGEST, MOST_CURVES, Scale, Tick, make_scale
 
 Array = NDArray[np.float64]
@@ -394,4 +394,71 @@ def spread(items: Sequence[Scores], *, width: float = 560) -> Spread | None:
     return Spread(
         width, 24.0 + 22 * len(boxes) + 26, left, right, boxes, scale.ticks(4), scale.log, reference,
         len(usable) - len(shown),
+    )  # fmt: skip
+
+
+#: Ratios to the best cost that a performance profile is drawn and scored up to, as in AlgoPerf.
+LARGEST_RATIO = 4.0
+
+
+@dataclass(frozen=True, slots=True)
+class ProfileLine:
+    label: str
+    style: int
+    path: str
+    score: float
+    """The mean of the profile over ratios from 1 to :data:`LARGEST_RATIO`."""
+    solved: int
+    """Tasks whose target was reached."""
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    width: float
+    height: float
+    left: float
+    right: float
+    top: float
+    bottom: float
+    x_ticks: list[Tick]
+    y_ticks: list[Tick]
+    lines: list[ProfileLine]
+    tasks: tuple[str, ...]
+    more: int
+    """Configurations of lower scores, which are not drawn."""
+
+
+def performance_profile(
+    labels: Sequence[str], tasks: Sequence[str], costs: Array, *, width: float = 640, height: float = 300
+) -> Profile | None:
+    """Lay out the share of tasks that each method solves within a multiple of the best cost (arXiv 2306.07179).
+
+    Args:
+        labels: one for each row of ``costs``.
+        tasks: one for each column.
+        costs: [methods, tasks], positive; infinity where the target was missed.
+
+    Returns:
+        None where there are fewer than two methods or two tasks, or nobody reached anything.
+    """
+    if min(costs.shape) < 2 or not np.isfinite(costs).any():
+        return None
+    ratios, scores = performance_ratios(costs), profile_scores(costs, LARGEST_RATIO)
+    order = sorted(range(len(labels)), key=lambda row: (-scores[row], labels[row]))
+    left, right, top, bottom = 44.0, width - 16.0, 18.0, height - 42.0
+    across = Scale(1.0, LARGEST_RATIO, left, right, log=True)
+    up = Scale(0.0, 1.0, bottom, top, log=False)
+    lines = []
+    for style, row in enumerate(order[:MOST_CURVES]):
+        steps = np.sort(ratios[row][ratios[row] <= LARGEST_RATIO])
+        path = f"M{left},{up(0.0)}"
+        for count, ratio in enumerate(steps, 1):
+            path += f"H{across(float(ratio))}V{up(count / len(tasks))}"
+        solved = int(np.isfinite(costs[row]).sum())
+        lines.append(ProfileLine(labels[row], style, path + f"H{right}", float(scores[row]), solved))
+    return Profile(
+        width, height, left, right, top, bottom,
+        [Tick(across(ratio), f"{ratio:g}") for ratio in (1.0, 1.5, 2.0, 3.0, 4.0)],
+        [Tick(up(share), f"{share:.0%}") for share in (0.0, 0.25, 0.5, 0.75, 1.0)],
+        lines, tuple(tasks), len(order) - len(lines),
     )  # fmt: skip

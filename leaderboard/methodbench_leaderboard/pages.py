@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import re
 import secrets
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import metadata
@@ -218,6 +219,8 @@ class _BoardView:
     """Rows that they were ranked among."""
     lead: _TableView
     offers: _Offers
+    profiles: list[tuple[str, str, diagrams.Profile]]
+    """Of each group that is ranked together, over all tables: its heading, the cost, the performance profile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -458,6 +461,7 @@ class _Site:
             top=Group(largest.positions, largest.rows[:5]),
             lead=lead,
             offers=_offers(tables),
+            profiles=_profiles(board),
         )
 
     def _table_view(self, board: Board, table: Table, path: str) -> _TableView:
@@ -547,8 +551,23 @@ class _Site:
                     seeds[series.name].append(series.points())
             for name, points in seeds.items():
                 by_name[name].append(charts.Curve(row.label, cell.run.id, points, boarddata.row_id(row)))
-        drawn = [(name, charts.curve_chart(curves)) for name, curves in sorted(by_name.items())]
+        first = scored[0][1].run if scored else None
+        drawn = [
+            (name, self._curve_chart(name, curves, first.task, first.task_params))
+            for name, curves in sorted(by_name.items())
+            if first is not None
+        ]
         return [(name, chart) for name, chart in drawn if chart is not None]
+
+    def _curve_chart(
+        self, name: str, curves: Sequence[charts.Curve], task: str, settings: Mapping[str, Any]
+    ) -> charts.CurveChart | None:
+        """Lay out the curves ``name`` of a task over the axis that its entry declares."""
+        entry = find_task(self.catalog, task)
+        axis = next((axis for axis in entry.axes if axis.series == name), None) if entry else None
+        if axis is None:
+            return charts.curve_chart(curves)
+        return charts.curve_chart(curves, positions=partial(axis.positions, settings), x_label=axis.label)
 
     def _task_pages(self, boards: Sequence[_BoardView]) -> None:
         sections: dict[str, list[_Section]] = defaultdict(list)
@@ -765,7 +784,15 @@ class _Site:
         run = next(records.details([run_id]))
         metrics, series = records.metrics([run_id]), records.series([run_id])
         curves = [
-            (curve.name, charts.curve_chart([charts.Curve(run.method, run.id, [curve.points()])]))
+            (
+                curve.name,
+                self._curve_chart(
+                    curve.name,
+                    [charts.Curve(run.method, run.id, [curve.points()])],
+                    run.task,
+                    run.task_params,
+                ),
+            )
             for curve in series.get(run.id, ())
         ]
         known = run.environment_digest in records.environments
@@ -864,6 +891,60 @@ def _critical(table: Table) -> list[tuple[str, diagrams.CriticalDifference]]:
         if chart is not None:
             found.append((group.positions, chart))
     return found
+
+
+def _profiles(board: Board) -> list[tuple[str, str, diagrams.Profile]]:
+    """Return performance profiles of what it took to reach the tasks' targets: metrics that count steps.
+
+    The cost of a configuration on a task is the median over its seeds, so it is infinite where most of them missed.
+    Tasks are those that all configurations of a chart have run: the tasks that share the fewest configurations with
+    others go until two of both are left. Configurations that were tuned have other settings on each task, and go by
+    their label.
+    """
+    found = []
+    headings = {
+        group.positions: table.heading(group) if group.positions else "Hyperparameters as configured"
+        for table in board.tables
+        for group in table.groups
+    }
+    for positions, heading in sorted(headings.items()):
+        costs: dict[str, dict[str, dict[str, float]]] = {}
+        for table in board.tables:
+            for row, question in itertools.product(table.rows, table.questions):
+                cell = row.cells.get(question.key)
+                if cell is None or row.positions != positions:
+                    continue
+                for estimate in cell.estimates.values():
+                    if estimate.metric.unit == "steps":
+                        title = f"{question.task} {question.suffix}".strip()
+                        seeds = [
+                            math.inf if math.isnan(value) else max(value, 1.0) for value in estimate.by_seed
+                        ]
+                        of_task = costs.setdefault(estimate.metric.label, {}).setdefault(title, {})
+                        of_task[row.label] = float(np.median(seeds))
+        for metric, of_tasks in sorted(costs.items()):
+            tasks, labels = _largest_common(of_tasks)
+            if len(tasks) < 2:
+                continue
+            values = np.array([[of_tasks[task][label] for task in sorted(tasks)] for label in labels])
+            chart = diagrams.performance_profile(labels, sorted(tasks), values)
+            if chart is not None:
+                found.append((heading, metric, chart))
+    return found
+
+
+def _largest_common(ran: Mapping[str, Collection[str]]) -> tuple[list[str], list[str]]:
+    """Return tasks, and two or more configurations that have run all of them; no task where there are none."""
+    tasks = sorted(ran)
+    while len(tasks) > 1:
+        labels = sorted(set.intersection(*(set(ran[task]) for task in tasks)))
+        if len(labels) > 1:
+            return tasks, labels
+        shared = {
+            task: sum(len({*ran[task]} & {*ran[other]}) for other in tasks if other != task) for task in tasks
+        }
+        tasks.remove(min(tasks, key=lambda task: (shared[task], task)))
+    return [], []
 
 
 def _heat_cells(table: Table) -> list[list[diagrams.HeatCell | None]]:

@@ -36,6 +36,9 @@ IMPORT_LIMIT = 10.0
 #: Entries that one hook may return: a generator without an end must not stop every command.
 MOST_ENTRIES = 10_000
 
+#: Kinds of methods that, where they name no kind of model, train whatever a task gives them.
+_TRAINERS = ("optimizer", "training")
+
 
 @dataclass(frozen=True, slots=True)
 class PluginProblem:
@@ -134,6 +137,8 @@ class Catalog:
             return f"task {task.name} brings its own model"
         if model.kind not in task.accepts:
             return f"task {task.name} accepts {', '.join(task.accepts)}; {model.name} is a {model.kind}"
+        if not method.applies_to and method.kind in _TRAINERS:
+            return ""
         if "*" not in method.applies_to and model.kind not in method.applies_to:
             return f"{method.name} applies to {', '.join(method.applies_to)}; {model.name} is a {model.kind}"
         return ""

@@ -46,7 +46,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from methodbench.composition import preset_params, split_use
 from methodbench.documents import Strict, line_of, parse_document
 from methodbench.errors import ClaimsError, MethodbenchError
-from methodbench.tuning import is_trial
+from methodbench.tuning import is_trial, regime
 
 if TYPE_CHECKING:
     from methodbench.catalog import Catalog
@@ -116,6 +116,8 @@ def _side(value: Any) -> Any:
 class Side(Strict):
     """One side of an inequality: a method's metric, or a number; ``factor * metric + offset``.
 
+    Sides with settings of the task compare these settings: what a protocol's paper says of one method.
+
     The bare ``"name"`` or ``"name@preset"`` is short for a method, a bare number for itself.
     """
 
@@ -125,6 +127,9 @@ class Side(Strict):
         default=[],
         description="hyperparameters that may have any value; others must be as the preset has them",
     )
+    task_params: dict[str, Any] = Field(
+        default={}, description="settings of the protocol on this side, where the sides differ in them"
+    )
     factor: float = Field(default=1.0, description="multiplies the metric")
     offset: float = Field(default=0.0, description="added to the metric, in its unit")
     value: float | None = Field(default=None, description="a number instead of a method")
@@ -133,8 +138,9 @@ class Side(Strict):
     def _one_of_both(self) -> Side:
         if (self.value is None) == (not self.method):
             raise ValueError("give either a method or a value")
-        if self.value is not None and (self.params or self.free or self.factor != 1 or self.offset):
-            raise ValueError("a value stands alone, without params, free, factor or offset")
+        others = self.params or self.free or self.task_params or self.factor != 1 or self.offset
+        if self.value is not None and others:
+            raise ValueError("a value stands alone, without params, free, task_params, factor or offset")
         return self
 
     @property
@@ -142,7 +148,7 @@ class Side(Strict):
         """The side as a reader would write it."""
         if self.value is not None:
             return f"{self.value:g}"
-        extra = ", ".join(f"{key}={value}" for key, value in self.params.items())
+        extra = ", ".join(f"{key}={value}" for key, value in {**self.params, **self.task_params}.items())
         text = self.method + (f" ({extra})" if extra else "")
         text = text if self.factor == 1 else f"{self.factor:g} × {text}"
         return text if not self.offset else f"{text} {'+' if self.offset > 0 else '−'} {abs(self.offset):g}"
@@ -183,6 +189,10 @@ class Claim(Strict):
     def _sides(self) -> Claim:
         if self.left.value is not None:
             raise ValueError("the left side must be a method; put the number on the right")
+        if self.right.value is None and set(self.left.task_params) != set(self.right.task_params):
+            raise ValueError("settings of the task that one side names must be named by the other as well")
+        if set(self.task_params) & {*self.left.task_params, *self.right.task_params}:
+            raise ValueError("a setting of the task is either that of a side or of both")
         if self.tolerance and self.op != "==":
             raise ValueError("tolerance belongs to ==; give the side a factor or an offset instead")
         return self
@@ -298,7 +308,11 @@ def _wanted(catalog: Catalog, side: Side) -> tuple[str, dict[str, Any]]:
     """Return the method and the hyperparameters that a side asks for."""
     name, preset = split_use(side.method)
     method = catalog.method(name)
-    return method.name, {**(preset_params(method, preset) if preset else {}), **side.params}
+    asked = {**(preset_params(method, preset) if preset else {}), **side.params}
+    # Records hold what JSON makes of a setting: sequences are lists.
+    return method.name, {
+        key: list(value) if isinstance(value, tuple) else value for key, value in asked.items()
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -366,16 +380,22 @@ def judge_claim(
 
     left = _runs_of(catalog, claim, claim.left, runs)
     right = _runs_of(catalog, claim, claim.right, runs) if claim.right.value is None else []
+    # What a side leaves free may be what sets it apart: a run that both describe is of the one that says more.
+    shared = {run.id for run in left} & {run.id for run in right}
+    free = len(claim.left.free) - len(claim.right.free)
+    left = [run for run in left if run.id not in shared or free < 0]
+    right = [run for run in right if run.id not in shared or free > 0]
     groups: dict[str, tuple[list[Run], list[Run]]] = {}
     for run in left:
-        groups.setdefault(question(run), ([], []))[0].append(run)
+        groups.setdefault(question(run, claim.left.task_params), ([], []))[0].append(run)
     for run in right:
-        if question(run) in groups:
-            groups[question(run)][1].append(run)
+        asked = question(run, claim.right.task_params)
+        if asked in groups:
+            groups[asked][1].append(run)
     conditions = []
     alone = claim.right.value is not None
     for group in groups.values():
-        of_left, of_right = map(_by_seed, group)
+        of_left, of_right = _by_seed(group[0], claim.left), _by_seed(group[1], claim.right)
         seeds = sorted(of_left.keys() if alone else of_left.keys() & of_right.keys())
         if seeds:
             paired = [] if alone else [of_right[seed] for seed in seeds]
@@ -394,6 +414,7 @@ def judge_claim(
 def _runs_of(catalog: Catalog, claim: Claim, side: Side, runs: Iterable[Run]) -> list[Run]:
     """Return the newest run of each cell that a side speaks of."""
     name, wanted = _wanted(catalog, side)
+    settings = {**claim.task_params, **side.task_params}
     newest: dict[str, Run] = {}
     for run in runs:
         if (
@@ -403,7 +424,7 @@ def _runs_of(catalog: Catalog, claim: Claim, side: Side, runs: Iterable[Run]) ->
             and (not claim.kinds or run.model_kind in claim.kinds)
             and any(fnmatchcase(run.model, pattern) for pattern in claim.models)
             and any(fnmatchcase(run.task, pattern) for pattern in claim.tasks)
-            and all(run.task_params.get(key) == value for key, value in claim.task_params.items())
+            and all(run.task_params.get(key) == value for key, value in settings.items())
         ):
             before = newest.get(run.cell_key)
             if before is None or run.status == "ok" or before.status != "ok":
@@ -411,9 +432,13 @@ def _runs_of(catalog: Catalog, claim: Claim, side: Side, runs: Iterable[Run]) ->
     return list(newest.values())
 
 
-def _by_seed(runs: Iterable[Run]) -> dict[int, Run]:
-    """Return the newest run of each seed."""
-    return {run.seed: run for run in sorted(runs, key=lambda run: run.started_at)}
+def _by_seed(runs: Iterable[Run], side: Side) -> dict[int, Run]:
+    """Return the newest run of each seed; where a side leaves hyperparameters free, the newest that was tuned."""
+
+    def order(run: Run) -> tuple[bool, Any]:
+        return bool(side.free) and regime(run.variant) == "tuned", run.started_at
+
+    return {run.seed: run for run in sorted(runs, key=order)}
 
 
 def _judge(
@@ -603,13 +628,12 @@ def commands_for(catalog: Catalog, claim: Claim) -> list[str]:
 def _commands(claim: Claim, sides: Sequence[Side], where: Sequence[str]) -> list[str]:
     by_params: dict[str, list[Side]] = {}
     for side in sides:
-        by_params.setdefault(repr(side.params), []).append(side)
-    settings = [
-        word for key, value in claim.task_params.items() for word in ("--task-param", f"{key}={value}")
-    ]
+        by_params.setdefault(repr((side.params, side.task_params)), []).append(side)
     found = []
     for group in by_params.values():
         methods = [word for name in dict.fromkeys(s.method for s in group) for word in ("--method", name)]
         params = [word for key, value in group[0].params.items() for word in ("--param", f"{key}={value}")]
+        of_task = {**claim.task_params, **group[0].task_params}
+        settings = [word for key, value in of_task.items() for word in ("--task-param", f"{key}={value}")]
         found.append(shlex.join(["methodbench", "run", *methods, *params, *where, *settings]))
     return found

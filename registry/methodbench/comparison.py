@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -105,17 +105,20 @@ def _sole(runs: Sequence[Run]) -> bool:
     return len({run.variant for run in runs}) == 1
 
 
-def question(run: Run) -> str:
+def question(run: Run, without: Collection[str] = ()) -> str:
     """Return what two runs of one seed must share for their difference to be about the methods alone.
 
     It is read from the columns of the record: the identity of a record that others made may hold other fields.
+
+    Args:
+        without: settings of the task that may differ, because they are what is compared.
     """
     return canonical_json(
         {
             "model": run.model,
             "weights_digest": run.weights_digest,
             "task": run.task,
-            "task_params": run.task_params,
+            "task_params": {key: value for key, value in run.task_params.items() if key not in without},
             "protocol": run.protocol,
             "data_digest": run.data_digest,
             "dtype": run.dtype,

@@ -35,7 +35,8 @@ class Context:
     """What a task hands to the training methods that list it in ``needs``: ``"replay"``, general samples as a pair of
     inputs and targets; ``"task-vectors"``, differences of fine-tuned from present weights by parameter name."""
     dense: LoadedModel | None = None
-    """Inside a chain of compressors, the model before its first link: what a compensating link corrects towards."""
+    """Inside a chain of compressors, the model before its first link: what a compensating link corrects towards. While
+    a task evaluates a compressed model, the model as it was loaded: what a comparison is with."""
 
     def warn(self, message: str) -> None:
         """Attach a remark to the record, once, and write it to the log."""

@@ -7,6 +7,7 @@ but the standard library.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -120,6 +121,42 @@ class Metric:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Axis:
+    """Where the points of a task's curves lie: every so many steps, or where a setting of the task lists them.
+
+    A curve without an axis is drawn over the numbers of its points, from 0.
+    """
+
+    series: str
+    """Name of the curve, a key of an evaluation's ``series``."""
+    label: str = "step"
+    """What the axis counts."""
+    every: str = ""
+    """Setting of the task that says how far apart points are; 1 where there is none."""
+    last: str = ""
+    """Setting that says where the last point lies at most."""
+    at: str = ""
+    """Setting that lists where each point lies, in place of the two above."""
+
+    def positions(self, settings: Mapping[str, Any], count: int) -> list[float] | None:
+        """Return where ``count`` points lie; None where the settings, which strangers may have written, do not say
+        so."""
+        try:
+            if self.at:
+                listed = settings.get(self.at)
+                places = (
+                    [float(value) for value in listed[:count]] if isinstance(listed, list | tuple) else []
+                )
+            else:
+                every = float(settings.get(self.every, 0)) if self.every else 1.0
+                last = float(settings.get(self.last) or math.inf)
+                places = [min(index * every, last) for index in range(count)] if every > 0 else []
+        except (TypeError, ValueError, OverflowError):
+            return None
+        return places if len(places) == count and all(map(math.isfinite, places)) else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Resources:
     """What one cell takes of a machine; executors start it only where and when that is free."""
 
@@ -150,7 +187,7 @@ class Method:
     summary: str
     """What it does, in one sentence."""
     applies_to: tuple[str, ...] = ()
-    """Kinds of models, ``("*",)`` for every one; empty where the task brings its own model (optimizers)."""
+    """Kinds of models, ``("*",)`` for every one; empty for what trains whatever a task gives it (optimizers)."""
     paper: Paper | None = None
     """Where it was published; None for what has no paper."""
     needs: tuple[str, ...] = ()
@@ -288,6 +325,8 @@ class Task:
     """The optional dependency that it needs."""
     resources: Resources = Resources()
     """What one cell takes of a machine on account of the task."""
+    axes: tuple[Axis, ...] = ()
+    """Where the points of its curves lie, for those that are not drawn over the numbers of their points."""
 
     def __post_init__(self) -> None:
         _check_name("task", self.name, _QUALIFIED_NAME)

@@ -34,6 +34,17 @@ class Decades:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Between:
+    """Uniform in the logarithm between two positive numbers, wherever the configured value lies."""
+
+    low: float
+    high: float
+
+    def at(self, share: float, configured: Any) -> float:
+        return float(self.low * (self.high / self.low) ** share)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Choice:
     """One of ``values``, each as likely."""
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import re
+from functools import partial
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from methodbench.entries import Axis
 from methodbench_leaderboard import charts
 
 FLOATS = st.floats(allow_nan=True, allow_infinity=True, width=64)
@@ -117,3 +119,63 @@ def test_what_is_not_compared_is_never_on_the_front():
         (4, 30),
     ]
     assert any(mark.point is apart for mark in chart.marks)
+
+
+def test_points_of_a_curve_lie_where_the_tasks_axis_says():
+    curve = charts.Curve("a", "1", [np.array([4.0, 3.0, 2.0, 1.5])])
+    looks = Axis(series="loss", every="evaluate_every", last="steps")
+    settings = {"evaluate_every": 20, "steps": 50, "rates": [1e-3, 1e-2, 1e-1, 1.0]}
+    assert looks.positions(settings, 4) == [0, 20, 40, 50]
+    drawn = charts.curve_chart([curve], positions=partial(looks.positions, settings), x_label=looks.label)
+    assert drawn.x_label == "step"
+    assert [tick.label for tick in drawn.x_ticks] == ["0", "10", "20", "30", "40", "50"]
+    xs = [float(x) for x in re.findall(r"[ML]([\d.]+),", drawn.lines[0].path)]
+    # From 40 to 50 it is half as far as from 20 to 40.
+    assert xs[3] - xs[2] == pytest.approx((xs[2] - xs[1]) / 2, abs=0.2)
+
+    rates = Axis(series="loss", label="learning rate", at="rates")
+    drawn = charts.curve_chart([curve], positions=partial(rates.positions, settings), x_label=rates.label)
+    assert drawn.x_label == "learning rate, log scale"
+    xs = [float(x) for x in re.findall(r"[ML]([\d.]+),", drawn.lines[0].path)]
+    assert np.diff(xs) == pytest.approx(xs[1] - xs[0], abs=0.3)
+
+
+@pytest.mark.parametrize(
+    "axis",
+    [Axis(series="a", every="absent"), Axis(series="a", at="absent"), Axis(series="a", at="short")],
+)
+def test_without_the_settings_of_its_axis_a_curve_is_drawn_over_the_numbers_of_its_points(axis):
+    curve = charts.Curve("a", "1", [np.array([4.0, 3.0, 2.0])])
+    drawn = charts.curve_chart(
+        [curve], positions=partial(axis.positions, {"short": [1.0, 2.0]}), x_label=axis.label
+    )
+    assert drawn.x_label == "point of the curve"
+    assert [tick.label for tick in drawn.x_ticks][-1] == "2"
+
+
+def test_the_ends_of_an_axis_of_powers_have_ticks_whatever_rounding_makes_of_them():
+    # Three tenths is not three times a tenth in binary.
+    ticks = charts.Scale(3e-4, 0.3, 0.0, 100.0, True).ticks(6)
+    assert [tick.label for tick in ticks] == ["3e−4", "0.001", "0.003", "0.01", "0.03", "0.1", "0.3"]
+
+
+@pytest.mark.parametrize("name", ["every", "at"])
+@pytest.mark.parametrize(
+    "value",
+    [
+        "a",
+        "<script>",
+        ["a", "b", "c"],
+        [1, 2, None],
+        {"x": 1},
+        float("nan"),
+        float("inf"),
+        -1,
+        10**400,
+        [[]] * 3,
+    ],
+)
+def test_settings_that_strangers_wrote_lay_out_nothing(name, value):
+    axis = Axis(series="a", **{name: "theirs"})
+    assert axis.positions({"theirs": value}, 3) is None
+    assert Axis(series="a", every="ours", last="theirs").positions({"ours": 1, "theirs": "a"}, 3) is None

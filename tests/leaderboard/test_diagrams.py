@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from methodbench.stats import friedman
+from methodbench.stats import friedman, profile_scores
 from methodbench_leaderboard import diagrams
 from methodbench_leaderboard.diagrams import HeatCell, Scores, Setting
 
@@ -106,3 +106,32 @@ def test_boxes_stand_at_the_percentiles_of_the_scores():
     assert chart.reference == chart.boxes[0].middle
     right_or_wrong = Scores("answers", "c", np.array([0.0, 1.0] * 10), False)
     assert diagrams.spread([right_or_wrong]) is None
+
+
+def test_a_performance_profile_is_scored_as_algoperf_scores_it_and_ends_at_what_was_reached():
+    costs = np.array([[100.0, 100.0, math.inf], [200.0, 100.0, 50.0], [1000.0, math.inf, math.inf]])
+    chart = diagrams.performance_profile(["a", "b", "c"], ["x", "y", "z"], costs)
+    assert chart is not None
+    expected = dict(zip("abc", profile_scores(costs), strict=True))
+    assert {line.label: line.score for line in chart.lines} == expected
+    assert [line.label for line in chart.lines] == sorted(expected, key=lambda label: -expected[label])
+    assert {line.label: line.solved for line in chart.lines} == {"a": 2, "b": 3, "c": 1}
+    by_label = {line.label: line for line in chart.lines}
+    top, third = chart.top, (chart.bottom - chart.top) / 3
+    assert by_label["b"].path.endswith(f"V{top}H{chart.right}")
+    assert by_label["a"].path.endswith(f"V{round(top + third, 1)}H{chart.right}")
+    # Ten times the best cost is beyond what is drawn: a line along the axis.
+    assert by_label["c"].path == f"M{chart.left},{chart.bottom}H{chart.right}"
+
+
+def test_there_is_no_profile_of_one_method_one_task_or_of_misses_alone():
+    assert diagrams.performance_profile(["a"], ["x", "y"], np.ones((1, 2))) is None
+    assert diagrams.performance_profile(["a", "b"], ["x"], np.ones((2, 1))) is None
+    assert diagrams.performance_profile(["a", "b"], ["x", "y"], np.full((2, 2), math.inf)) is None
+
+
+def test_of_many_profiles_the_best_are_drawn():
+    costs = np.arange(1.0, 21.0).reshape(10, 2)
+    chart = diagrams.performance_profile([f"m{i}" for i in range(10)], ["x", "y"], costs)
+    assert chart is not None
+    assert (len(chart.lines), chart.more, chart.lines[0].label) == (8, 2, "m0")

@@ -52,4 +52,29 @@ def muon(p: Tensor, g: Tensor, state: State, lr: float, b1: float, b2: float, de
     return p * (1 - lr * decay) - lr * max(1, rows / columns) ** 0.5 * x
 
 
-REFERENCES: Mapping[str, Any] = {"lion": lion, "diffgrad": diffgrad, "lion-k": lion_l2, "muon": muon}
+def adafactor(p: Tensor, g: Tensor, state: State, lr: float, b1: float, b2: float, decay: float) -> Tensor:
+    """The paper's form, which has neither b1 nor b2: at step t the second moment keeps 1 - t^-0.8 of itself."""
+    t = state.get("t", 0) + 1
+    keep = 1 - t**-0.8
+    squares = g * g + 1e-30
+    rate = lr * max(1e-3, float((p * p).mean()) ** 0.5)
+    if p.ndim < 2:
+        v = keep * state.get("v", 0.0) + (1 - keep) * squares
+        state |= {"t": t, "v": v}
+    else:
+        rows = keep * state.get("rows", 0.0) + (1 - keep) * squares.mean(1)
+        columns = keep * state.get("columns", 0.0) + (1 - keep) * squares.mean(0)
+        state |= {"t": t, "rows": rows, "columns": columns}
+        v = torch.outer(rows, columns) / rows.mean()
+    u = g / v.sqrt()
+    u = u / max(1.0, float((u * u).mean()) ** 0.5)
+    return p * (1 - rate * decay) - rate * u
+
+
+REFERENCES: Mapping[str, Any] = {
+    "lion": lion,
+    "diffgrad": diffgrad,
+    "lion-k": lion_l2,
+    "muon": muon,
+    "adafactor": adafactor,
+}

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from methodbench.context import Context
 from methodbench.errors import ParameterError
 from methodbench.params import build
 from methodbench_optim.baselines import Adam
@@ -145,3 +146,20 @@ def test_a_complex_gradient_is_refused_by_name():
 def test_values_out_of_range_are_refused_by_field(field, value):
     with pytest.raises(ParameterError, match=field):
         build(DiffGrad, {field: value}, "diffgrad")
+
+
+@few
+@given(seed=seeds)
+def test_where_the_gradient_before_is_forced_to_be_the_gradient_every_step_is_half_of_adams(seed):
+    ours, adams = (nn.Parameter(torch.zeros(7, dtype=torch.float64)) for _ in range(2))
+    half = DiffGrad(lr=0.1, **same_eps).build([{"params": [ours], "role": "vector"}], Context())
+    full = Adam(lr=0.1).build([{"params": [adams], "role": "vector"}], Context())
+    for gradient in gradients(seed):
+        before = ours.detach().clone(), adams.detach().clone()
+        half.state[ours]["previous_grad"] = gradient.clone()
+        ours.grad, adams.grad = gradient.clone(), gradient.clone()
+        half.step()
+        full.step()
+        torch.testing.assert_close(
+            ours.detach() - before[0], 0.5 * (adams.detach() - before[1]), rtol=1e-9, atol=1e-12
+        )

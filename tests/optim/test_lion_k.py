@@ -125,3 +125,59 @@ def test_relaxed_l1_moves_fewer_coordinates_towards_a_sparse_solution_than_l1():
     dense = minimized("l1", target, decay=0.3)[-1]
     torch.testing.assert_close(dense, target, rtol=0, atol=0.02)
     assert float(sparse[1:].abs().max()) < 0.5 * float(dense[1:].abs().max())
+
+
+#: The norm that decay holds at most at its inverse, of every member whose K* is finite on a bounded set alone.
+DUAL_NORMS = {
+    **dict.fromkeys(("l1", "relaxed_l1", "topk", "huber", "sinh"), lambda x: x.abs().max()),
+    "lp": lambda x: x.norm(3.0),  # 1 / 1.5 + 1 / 3 = 1
+    "l2": lambda x: x.norm(),
+    "group_l2": lambda x: x.norm(dim=1).max(),
+    "spectral": lambda x: torch.linalg.svdvals(x)[0],
+}
+
+
+@few
+@given(seed=seeds, decay=st.floats(0.5, 20.0))
+@pytest.mark.parametrize("kappa", list(DUAL_NORMS))
+def test_decay_bounds_the_dual_norm_of_the_weights_by_its_inverse(follow, kappa, seed, decay):
+    norm = DUAL_NORMS[kappa]
+    start = draw(seed, 4, 3)
+    start = start / norm(start) / decay
+    method = LionK(lr=0.04, weight_decay=decay, kappa=kappa, p=1.5, e=0.3, k=3)
+    path = follow(method, start, draw(seed + 1, 20, 4, 3))
+    assert max(float(norm(point)) for point in path) <= (1 + 1e-9) / decay
+
+
+@pytest.mark.parametrize("kappa", list(DUAL_NORMS))
+def test_an_optimum_within_the_bound_is_found_to_the_length_of_a_step(kappa):
+    target = torch.tensor([[0.1, -0.2], [0.15, 0.05]], dtype=torch.float64)
+    method = LionK(lr=0.002, weight_decay=1.0, kappa=kappa, e=1e-3, k=3)
+    p = torch.nn.Parameter(torch.full_like(target, 0.4))
+    optimizer = method.build([{"params": [p], "role": "matrix"}], Context())
+    for _ in range(3000):
+        p.grad = p.detach() - target
+        optimizer.step()
+    torch.testing.assert_close(p.detach(), target, rtol=0, atol=0.02)
+
+
+def test_topk_leaves_more_coordinates_near_zero_than_l1_where_its_bound_is_tight():
+    # The sum of sizes is held at k / decay = 1, which l1 does not bound.
+    target = torch.tensor([2.0, 0.2, -0.2, 0.1], dtype=torch.float64)
+    sparse = minimized("topk", target, decay=1.0, k=1)[-1]
+    dense = minimized("l1", target, decay=1.0)[-1]
+    assert float(sparse.abs().sum()) <= 1.05
+    assert float(sparse[1:].abs().max()) < 0.05
+    torch.testing.assert_close(dense[1:], target[1:], rtol=0, atol=0.02)
+
+
+@few
+@given(seed=seeds)
+def test_with_the_square_and_one_beta_it_is_the_heavy_ball(follow, seed):
+    gradients, start = draw(seed, 8, 7), draw(seed + 1, 7)
+    ours = follow(LionK(lr=0.1, beta1=0.8, beta2=0.8, kappa="sq"), start, gradients)
+    momentum, x = torch.zeros(7, dtype=torch.float64), start.clone()
+    for gradient in gradients:
+        momentum = 0.8 * momentum + 0.2 * gradient
+        x = x - 0.1 * momentum
+    torch.testing.assert_close(ours[-1], x)

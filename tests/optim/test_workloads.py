@@ -18,6 +18,7 @@ from methodbench_optim.sso import SSO
 from methodbench_optim.workloads.characters import Characters, read_text
 from methodbench_optim.workloads.decoder import Decoder, rotate, token_loss
 from methodbench_optim.workloads.logistic import Logistic
+from methodbench_optim.workloads.loop import param_groups
 from methodbench_optim.workloads.noise import (
     NoiseRegimes,
     Perceptron,
@@ -248,3 +249,37 @@ def test_exponents_and_the_critical_temperature_are_those_of_the_curve():
     assert exponent(temperatures, [1.0, 1.0, 5.0, 50.0]) == pytest.approx(1.0)
     assert critical_temperature(temperatures, [1.0, 1.5, 5.0, 50.0]) == 10.0
     assert critical_temperature(temperatures, [1.0, 1.5, math.nan, math.nan]) is None
+
+
+def test_muparam_scales_rates_by_the_inverse_of_the_fan_in_and_leaves_vectors_and_embeddings():
+    module = Decoder(11, width=16, depth=1, heads=2, qk_norm=True, seed=0)
+    groups = param_groups(module, module.head.weight, [module.embedding.weight], base_fan_in=16)
+    scales = {(group["role"], group["params"][0][0].numel()): group.get("rate_scale") for group in groups}
+    # The down projection reads four times the width.
+    assert scales == {
+        ("matrix", 16): 1.0,
+        ("matrix", 64): 0.25,
+        ("vector", 1): None,
+        ("embedding", 16): None,
+        ("head", 16): 1.0,
+    }
+    counted = sum(p.numel() for group in groups for p in group["params"])
+    assert counted == sum(p.numel() for p in module.parameters())
+
+
+def test_muparam_is_seen_in_the_step_and_twice_the_base_is_twice_the_rate():
+    class Recorded(SGD):
+        def build(self, groups, ctx):
+            self.seen.append(super().build(groups, ctx))
+            return self.seen[-1]
+
+    rates = []
+    for base in (0, 16, 32):
+        seen = []
+        method = Recorded(lr=0.1)
+        object.__setattr__(method, "seen", seen)
+        Characters(**SMALL, base_fan_in=base).train(
+            method, read_text("pydoc"), Context(), share=lambda _: 1.0
+        )
+        rates.append(sorted({round(group["lr"], 6) for group in seen[0].param_groups}))
+    assert rates == [[0.1], [0.025, 0.1], [0.05, 0.1, 0.2]]

@@ -17,7 +17,8 @@ from methodbench.errors import DivergedError, NotApplicableError, ParameterError
 from methodbench.params import build
 from methodbench.torchkit.model import Calibration, LoadedModel, set_weight
 from methodbench.torchkit.packed import PackedLinear
-from methodbench_quant.llm.adaquant import AdaQuant, LearnedRange, QuantizedLinear, adaquant, allocate
+from methodbench_quant.learned_ranges import LearnedRange, QuantizedLinear, adaquant, allocate
+from methodbench_quant.llm.adaquant import AdaQuant
 
 Tiny = Callable[[str], LoadedModel]
 

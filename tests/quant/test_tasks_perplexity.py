@@ -188,7 +188,7 @@ def test_hub_rows_give_the_published_file(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_entries_describe_tasks_and_lm_eval_names() -> None:
-    assert {task.name for task in TASKS} == {"pydoc-ppl", "pydoc-probe", "wikitext2-ppl"}
+    assert {task.name for task in TASKS} == {"decode-speed", "pydoc-ppl", "pydoc-probe", "wikitext2-ppl"}
     assert all(build(resolve_name(task.impl), task.options, task.name) for task in TASKS)
     piqa = task_named("lm-eval:piqa")
     assert piqa is not None

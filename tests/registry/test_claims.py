@@ -263,6 +263,36 @@ def test_settings_beyond_the_preset_are_another_method_unless_they_are_free(
     assert (free.verdict, len(free.conditions[0].runs_left)) == ("reproduced", 1)
 
 
+def test_a_run_that_both_sides_describe_is_of_the_one_that_says_more(store: Store, catalog: Catalog) -> None:
+    run(store, catalog, "noop@twice")
+    sides: dict[str, Any] = {"left": {"method": "noop", "free": ["value"]}, "right": "noop@twice"}
+    assert judged(store, catalog, **sides, op=">").verdict == "not attempted"
+    run(store, catalog, {"name": "noop", "params": {"value": 1.9}})
+    found = judged(store, catalog, **sides, op="<").conditions
+    assert [len(set(c.runs_left) & set(c.runs_right)) for c in found] == [0]
+
+
+def test_where_hyperparameters_are_free_tuned_runs_come_before_newer_ones_as_configured() -> None:
+    from types import SimpleNamespace
+
+    from methodbench.claims import Side, _by_seed
+
+    runs: list[Any] = [
+        SimpleNamespace(seed=0, variant=variant, started_at=number)
+        for number, variant in enumerate(("tuned", "tuned", "value=2"))
+    ]
+    assert _by_seed(runs, Side(method="noop", free=["value"]))[0] is runs[1]
+    assert _by_seed(runs, Side(method="noop"))[0] is runs[2]
+
+
+def test_settings_that_are_sequences_are_found_in_records() -> None:
+    from methodbench.claims import Side, _wanted
+
+    entry = load_catalog().method("prosparse")
+    assert isinstance(entry.presets["relu"]["lambdas"], tuple)
+    assert _wanted(load_catalog(), Side(method="prosparse@relu"))[1]["lambdas"] == [0.0]
+
+
 def test_numbers_of_the_record_and_facts_decide_by_their_sign(store: Store, catalog: Catalog) -> None:
     run(store, catalog, "scale", "identity", models=["toy-linear"], tasks=["toy-norm"])
     side = {"left": "scale", "right": "identity", "op": "=="}
@@ -311,6 +341,56 @@ def test_everywhere_takes_the_worst_condition_and_somewhere_the_best(store: Stor
     assert judged(store, catalog, **mixed).verdict == "contradicted"
     # On one task it beats the dense value, on both it must beat a number between.
     assert judged(store, catalog, holds="somewhere").verdict == "reproduced"
+
+
+def test_sides_may_differ_in_a_setting_of_the_task_and_in_nothing_else(
+    store: Store, catalog: Catalog
+) -> None:
+    few, many = ({"name": "toy-value", "params": {"units": units}} for units in (2, 8))
+    run(store, catalog, "noop", tasks=[few, many], seeds=[0, 1])
+    run(store, catalog, "noop@twice", tasks=[many], seeds=[0])
+    sides = {
+        "left": {"method": "noop", "task_params": {"units": 2}},
+        "right": {"method": "noop", "task_params": {"units": 8}, "factor": 1e6},
+        "metric": "wall_seconds",
+        "op": "<",
+    }
+    (condition,) = judged(store, catalog, **sides).conditions
+    assert (condition.verdict, condition.seeds, condition.task_params["units"]) == ("reproduced", 2, 2)
+    # Another method on the same two settings, of which one has no record.
+    assert judged(store, catalog, **{**sides, "left": {**sides["left"], "method": "noop@twice"}}).verdict == (
+        "not attempted"
+    )
+    (condition,) = judged(store, catalog, **{**sides, "metric": "value"}).conditions
+    assert (condition.verdict, condition.reason) == ("not attempted", "the sides scored different units")
+    claim = judged(store, catalog, **sides).claim
+    assert claim.statement == "wall_seconds: noop (units=2) < 1e+06 × noop (units=8)"
+    assert commands_for(catalog, claim) == [
+        "methodbench run --method noop --task toy-value --task-param units=2",
+        "methodbench run --method noop --task toy-value --task-param units=8",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"left": {"method": "noop", "task_params": {"units": 2}}}, "must be named by the other as well"),
+        (
+            {
+                "left": {"method": "noop", "task_params": {"units": 2}},
+                "right": {"method": "noop", "task_params": {"units": 4}},
+                "task_params": {"units": 2},
+            },
+            "either that of a side or of both",
+        ),
+        ({"right": {"value": 1.0, "task_params": {"units": 2}}}, "a value stands alone"),
+    ],
+)
+def test_settings_of_the_task_on_one_side_alone_are_refused(
+    store: Store, catalog: Catalog, change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        judged(store, catalog, **change)
 
 
 def test_commands_make_the_records_that_a_claim_needs(catalog: Catalog) -> None:

@@ -12,7 +12,7 @@ from methodbench.engine.tuning import chosen, metric_of_choice, sensitivity
 from methodbench.errors import MethodbenchError, SuiteError
 from methodbench.store import open_store
 from methodbench.suite import parse_suite
-from methodbench.tuning import Choice, Decades, Space, labelled, points, regime, search_space
+from methodbench.tuning import Between, Choice, Decades, Space, labelled, points, regime, search_space
 
 
 @dataclasses.dataclass
@@ -52,6 +52,7 @@ def test_a_method_with_an_empty_space_tunes_itself():
 def test_distributions_stay_within_their_values():
     assert Choice((1, 2, 3)).at(0.999999, None) == 3
     assert Decades(2).at(0.5, 0.1) == pytest.approx(0.1)
+    assert [Between(1e-3, 1e3).at(share, 7.0) for share in (0.0, 0.5)] == pytest.approx([1e-3, 1.0])
 
 
 def test_labels_tell_how_a_configuration_came_about():

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from methodbench.errors import NotApplicableError
+from methodbench_sparse import masks
 from methodbench_sparse.masks import check_groups, check_pattern, nm_mask, parse_pattern, row_mask
 
 seeds = st.integers(0, 2**16)
@@ -33,6 +34,18 @@ def test_nm_masks_the_lowest_n_of_every_group(
     assert (highest_gone <= lowest_kept).all()
 
 
+@pytest.mark.parametrize("group", [2, 4, 8, 16, 20])
+def test_nm_masks_what_a_stable_sort_puts_first(group: int) -> None:
+    # Few different scores, so that there are ties; infinity, and NaN, which a sort puts last.
+    s = (6 * scores(group, 7, 5 * group)).round()
+    s[0, :3], s[1, 1], s[2, 0] = float("inf"), float("nan"), float("-inf")
+    for zeros in range(1, group):
+        first = s.view(7, 5, group).sort(dim=-1, stable=True).indices[..., :zeros]
+        expected = torch.zeros(7, 5, group, dtype=torch.bool).scatter_(-1, first, True)
+        assert torch.equal(nm_mask(s, zeros, group), expected.view(7, -1))
+    assert s[0, 0] == float("inf")
+
+
 def test_a_shorter_last_group_loses_as_many() -> None:
     mask = nm_mask(scores(0, 4, 11), 2, 4)
     assert mask[:, :8].view(4, 2, 4).sum(dim=-1).eq(2).all()
@@ -46,6 +59,28 @@ def test_every_row_loses_the_same_truncated_count(seed: int, columns: int, spars
     mask = row_mask(s, sparsity)
     assert (mask.sum(dim=-1) == int(columns * sparsity)).all()
     assert (s.masked_fill(~mask, -1).amax(dim=-1) <= s.masked_fill(mask, 2).amin(dim=-1)).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=seeds,
+    columns=st.integers(1, 12),
+    sparsity=st.floats(0, 0.999),
+    levels=st.integers(1, 6),
+    selected=st.sampled_from([1, 30, 1 << 22]),
+)
+def test_rows_are_masked_as_a_stable_sort_would(
+    seed: int, columns: int, sparsity: float, levels: int, selected: int
+) -> None:
+    s = (scores(seed, 7, columns) * levels).round()
+    s[3, scores(seed + 1, 1, columns)[0] > 0.5] = torch.nan
+    s[4] = torch.inf
+    count = int(columns * sparsity)
+    expected = torch.zeros_like(s, dtype=torch.bool)
+    expected.scatter_(1, s.sort(dim=1, stable=True).indices[:, :count], True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(masks, "_SELECTED", selected)
+        assert torch.equal(row_mask(s, sparsity), expected)
 
 
 def test_ties_go_to_the_lower_column() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from methodbench.torchkit.activation_sparsity import Site, SparseInput, Threshold
 from methodbench.torchkit.kernels import has_triton
 from methodbench.torchkit.packed import (
     PackedLinear,
@@ -22,6 +24,7 @@ from methodbench.torchkit.packed import (
 )
 from methodbench.torchkit.power_map import PackedPower
 from methodbench.torchkit.quantizers import quantize
+from methodbench.torchkit.sparse_gemv import KernelLinear
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -126,6 +129,33 @@ def test_triton_sparse_product_never_reads_the_weight_of_a_zero(device, generato
     transposed[1::2] = float("nan")
     y = SparseGEMV(transposed.to(device), SHAPES[0])(x.to(device))
     torch.testing.assert_close(y.cpu(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_triton_layer_masks_by_its_rule_and_follows_its_weight(device, generator):
+    from methodbench.torchkit.kernels.sparse_gemv import SHAPES
+
+    linear = nn.Linear(64, 48)
+    linear.requires_grad_(False)
+    sparse = SparseInput(linear, Threshold(0.8), Site("input", "all", {"layer": 1.0})).to(device)
+    layer = KernelLinear(sparse, SHAPES[0])
+    token = torch.randn(1, 1, 64, generator=generator).to(device)
+    masked = torch.where(token.abs() > 0.8, token, 0)
+    torch.testing.assert_close(
+        layer(token), F.linear(masked, sparse.weight, sparse.bias), rtol=1e-4, atol=1e-4
+    )
+    assert layer.site.sparsity == pytest.approx(float((token.abs() <= 0.8).float().mean()))
+    several = torch.randn(1, 3, 64, generator=generator).to(device)
+    torch.testing.assert_close(
+        layer(several), F.linear(torch.where(several.abs() > 0.8, several, 0), sparse.weight, sparse.bias)
+    )
+    other = copy.deepcopy(layer)
+    other.weight.data.mul_(2)
+    torch.testing.assert_close(
+        other(token), F.linear(masked, 2 * sparse.weight, sparse.bias), rtol=1e-4, atol=1e-4
+    )
+    torch.testing.assert_close(
+        layer(token), F.linear(masked, sparse.weight, sparse.bias), rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.skipif(INTERPRETED, reason="measures, which an interpreter is no subject for")

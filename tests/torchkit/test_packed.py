@@ -71,6 +71,20 @@ def test_packing_wastes_less_than_one_word(bits: int) -> None:
         assert 0 <= packed_length(count, bits) - count * bits / 8 < words
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    bits=st.sampled_from(WIDTHS),
+    low=st.integers(-128, 0),
+    count=st.integers(1, 50),
+    seed=st.integers(0, 10**6),
+)
+def test_the_lowest_code_is_stored_as_zero(bits: int, low: int, count: int, seed: int) -> None:
+    codes = torch.randint(0, 2**bits, (count,), generator=torch.Generator().manual_seed(seed))
+    shifted = (codes + low).to(torch.int16)
+    assert torch.equal(pack(shifted, bits, low=low), pack(codes, bits))
+    assert torch.equal(shifted, (codes + low).to(torch.int16))
+
+
 @pytest.mark.parametrize("codes", [[-1], [4]])
 def test_codes_beyond_the_width_are_refused(codes: list[int]) -> None:
     with pytest.raises(ValueError, match="between 0 and 3"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from methodbench.errors import DivergedError, NotApplicableError
+from methodbench.torchkit import quantizers
 from methodbench.torchkit.activations import ActivationQuantizer
 from methodbench.torchkit.quantizers import (
     CONVENTIONS,
@@ -18,6 +21,7 @@ from methodbench.torchkit.quantizers import (
     fake_quantize,
     find_grid,
     find_grid_by_mse,
+    finite,
     groups_of,
     on_grid,
     quantize,
@@ -203,6 +207,30 @@ def test_groups_along_the_output_are_those_of_the_transposed_weight(
     options = {"bits": bits, "group_size": group_size, "convention": form[0], "symmetric": form[1]}
     ours = quantize(weight, along="output", **options).dequantize()
     assert torch.equal(ours, quantize(weight.T.contiguous(), **options).dequantize().T)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("options", [{}, {"group_size": 8}, {"along": "tensor"}, {"along": "output"}])
+def test_rounding_some_rows_at_a_time_changes_nothing(
+    form: tuple[Convention, bool], options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = weight_of(5, rows=9)
+    whole = quantize(weight, 4, convention=form[0], symmetric=form[1], **options)
+    monkeypatch.setattr(quantizers, "_ENCODED_AT_ONCE", 70)
+    parts = quantize(weight, 4, convention=form[0], symmetric=form[1], **options)
+    assert torch.equal(parts.codes, whole.codes)
+    assert torch.equal(parts.dequantize(), whole.dequantize())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_is_seen_wherever_it_is(dtype: torch.dtype, bad: float) -> None:
+    assert finite(torch.empty(0, dtype=dtype))
+    for place in (0, 17, 32):
+        x = torch.zeros(3, 11, dtype=dtype)
+        assert finite(x)
+        x.view(-1)[place] = bad
+        assert not finite(x)
 
 
 def test_one_grid_for_the_tensor_is_that_of_its_extremes() -> None:

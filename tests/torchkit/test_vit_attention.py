@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from timm.models.beit import Attention as BeitAttention
-from timm.models.swin_transformer import WindowAttention
+from timm.models.swin_transformer import SwinTransformer, WindowAttention
 from timm.models.vision_transformer import Attention, VisionTransformer
 from torch import Tensor, nn
 
@@ -17,6 +17,7 @@ from methodbench.torchkit.vit_attention import (
     ExplicitAttention,
     MatMul,
     explicit_attention,
+    recorded_attention,
     use_explicit_attention,
 )
 
@@ -64,6 +65,42 @@ def test_output_is_that_of_the_fused_attention(variant: str, mask: str) -> None:
     )
 
 
+@pytest.mark.parametrize("windows", [0, 4])
+def test_window_attention_has_its_bias_and_its_mask(windows: int) -> None:
+    torch.manual_seed(0)
+    attention = WindowAttention(24, num_heads=3, window_size=2)
+    with torch.no_grad():
+        for parameter in attention.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    attention.eval().requires_grad_(False)
+    x = torch.randn(8, 4, 24, generator=torch.Generator().manual_seed(2))
+    mask = None
+    if windows:
+        hidden = torch.rand(windows, 4, 4, generator=torch.Generator().manual_seed(3)) < 0.3
+        mask = torch.zeros(windows, 4, 4).masked_fill(hidden, -100.0)
+    explicit = explicit_attention(attention)
+    torch.testing.assert_close(explicit(x, mask), attention(x, mask), rtol=1e-4, atol=1e-5)
+    assert sorted(explicit.state_dict()) == sorted(attention.state_dict())
+
+
+def test_a_windowed_model_keeps_its_function_and_shows_its_structure() -> None:
+    torch.manual_seed(0)
+    module = SwinTransformer(
+        img_size=32, patch_size=4, embed_dim=12, depths=(2, 2), num_heads=(2, 2), window_size=4, num_classes=5
+    )
+    module.eval().requires_grad_(False)
+    adapter, x = detect(module), torch.randn(2, 3, 32, 32)
+    expected = module(x)
+    with pytest.raises(NotApplicableError, match="within windows"), recorded_attention(module, adapter):
+        pass
+    replaced = use_explicit_attention(module, adapter)
+    assert list(replaced) == [f"layers.{i}.blocks.{j}.attn" for i in range(2) for j in range(2)]
+    torch.testing.assert_close(module(x), expected, rtol=1e-4, atol=1e-5)
+    assert adapter.head(module) is module.head.fc
+    assert adapter.merging_norms == (("layers.1.downsample.norm", "layers.1.downsample.reduction"),)
+    assert adapter.patch_grid(module) is None
+
+
 def test_products_see_queries_keys_probabilities_and_values() -> None:
     seen: list[tuple[Tensor, Tensor]] = []
 
@@ -109,7 +146,6 @@ class Cosine(Attention):
     "attention",
     [
         BeitAttention(24, num_heads=3, window_size=(2, 2)),
-        WindowAttention(24, num_heads=3, window_size=2),
         Cosine(24, num_heads=3),
         nn.MultiheadAttention(24, 3),
     ],

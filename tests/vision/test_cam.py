@@ -148,6 +148,35 @@ def test_hooks_and_gradient_mode_are_restored_when_the_model_fails(
     assert not module.features._forward_hooks
 
 
+def test_reading_a_transformers_norm_runs_nothing_behind_it(x: Tensor) -> None:
+    torch.manual_seed(0)
+    vit = timm.models.VisionTransformer(
+        img_size=(32, 48), patch_size=8, embed_dim=24, depth=2, num_heads=2, num_classes=CLASSES
+    )
+    model = loaded(vit)
+    whole = []
+    handle = vit.blocks[1].norm1.register_forward_hook(lambda _layer, _args, output: whole.append(output))
+    with torch.inference_mode():
+        vit(x)
+    handle.remove()
+    ran = []
+    handles = [
+        layer.register_forward_hook(lambda _layer, _args, _output, name=name: ran.append(name))
+        for name, layer in vit.named_modules()
+        if name in ("blocks.0.mlp", "blocks.1.attn", "blocks.1.mlp", "head")
+    ]
+    (found,) = activations(model, x)
+    assert ran == ["blocks.0.mlp"]
+    assert torch.equal(found, whole[0][:, 1:].mT.unflatten(2, (4, 6)))
+    # Of a layer that may run several times the last output counts, so that the whole network runs.
+    activations(model, x, layer="blocks.0.mlp.act")
+    assert ran[-1] == "head"
+    for handle in handles:
+        handle.remove()
+    assert not any(layer._forward_hooks for layer in vit.modules())
+    assert not torch.is_inference_mode_enabled()
+
+
 def test_the_graph_begins_at_the_layer_that_is_read(model: LoadedModel, x: Tensor) -> None:
     (name,) = layer_names(model, x)
     with recorded(model.module, [name], gradients=True) as held:

@@ -23,6 +23,7 @@ from methodbench_vision.tasks.faithfulness import (
     class_confidence,
     confidence_change,
     perturbation_curve,
+    perturbation_curves,
     square_crops,
 )
 from methodbench_vision.tasks.folding import folded
@@ -168,6 +169,24 @@ def test_steps_in_one_pass_are_those_of_one_pass_each() -> None:
         alone = class_confidence(net, target[index : index + 1])
         one = perturbation_curve(alone, x[index : index + 1], maps[index : index + 1], 20, insertion=True)
         torch.testing.assert_close(together[index : index + 1], one)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_both_curves_at_once_are_each_alone_with_their_ends_scored_once(steps: int) -> None:
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 6 * 6, 4))
+    x, maps, target = torch.randn(3, 3, 6, 6), torch.rand(3, 6, 6), torch.tensor([0, 3, 1])
+    scored = 0
+
+    def confidence(pictures: Tensor) -> Tensor:
+        nonlocal scored
+        scored += len(pictures)
+        return class_confidence(net, target)(pictures)
+
+    shown, hidden = perturbation_curves(confidence, x, maps, steps)
+    assert scored == 2 * steps * len(x)
+    for curve, insertion in ((shown, True), (hidden, False)):
+        torch.testing.assert_close(curve, perturbation_curve(confidence, x, maps, steps, insertion=insertion))
 
 
 def test_a_folded_network_answers_the_same_and_the_original_stays() -> None:

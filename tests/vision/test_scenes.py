@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 
 from methodbench.context import Context
 from methodbench.errors import MethodbenchError
+from methodbench_vision.tasks.images import procedural_images
 from methodbench_vision.tasks.nuclei import NucleiInstances, aji, dice, panoptic_quality
 from methodbench_vision.tasks.scenes import nuclei, scenes
 from methodbench_vision.tasks.weak import SeedSegmentation, confusions, miou
@@ -42,6 +45,102 @@ def test_classes_come_together_as_often_as_asked() -> None:
         return float((labels[several, 0] == labels[several, 1]).float().mean())
 
     assert share(1.0) > share(0.3) + 0.2
+
+
+#: Some pixels of the pictures as every record knows them; a change of the default settings would show here.
+KNOWN = {
+    procedural_images: [
+        0.644352,
+        0.420771,
+        0.678873,
+        0.468173,
+        0.45789,
+        0.258392,
+        0.395397,
+        0.334845,
+        0.311936,
+        0.310323,
+        0.388356,
+    ],
+    scenes: [
+        0.59187,
+        0.517194,
+        0.48097,
+        0.365952,
+        0.426376,
+        0.372951,
+        0.594773,
+        0.322537,
+        0.327435,
+        0.306906,
+        0.326881,
+    ],
+    nuclei: [
+        0.859549,
+        0.82946,
+        0.890656,
+        0.673321,
+        0.620904,
+        0.672564,
+        0.421912,
+        0.493654,
+        1.0,
+        0.81616,
+        0.930433,
+        0.856699,
+        1.0,
+        0.640258,
+        0.588743,
+        0.755109,
+        0.731434,
+        0.816213,
+        0.74634,
+        0.93169,
+    ],
+}
+
+
+@pytest.mark.parametrize("draw", [procedural_images, scenes, nuclei])
+def test_the_default_settings_draw_the_known_pictures(draw: Any) -> None:
+    found = draw(3, 2).images[:, :, ::29, ::29]
+    torch.testing.assert_close(found.flatten()[::5], torch.tensor(KNOWN[draw]), rtol=0, atol=1e-5)
+    explicit = {"texture": 1.0} if draw is nuclei else {"texture": 1.0, "difficulty": 0.0}
+    assert torch.equal(draw(3, 2, **explicit).images, draw(3, 2).images)
+
+
+@pytest.mark.parametrize("draw", [procedural_images, scenes, nuclei])
+def test_texture_is_the_contrast_of_the_background_and_moves_nothing(draw: Any) -> None:
+    even, usual, strong = (draw(0, 4, texture=texture) for texture in (0.0, 1.0, 2.0))
+    truth = {procedural_images: "objects", scenes: "masks", nuclei: "instances"}[draw]
+    assert torch.equal(getattr(even, truth), getattr(strong, truth))
+    outside = (getattr(usual, truth) == 0)[:, None]
+    spread = [float(one.images.masked_select(outside).std()) for one in (even, usual, strong)]
+    assert spread[0] < spread[1] < spread[2]
+    inside = ~outside
+    pixels = [one.images.masked_select(inside) for one in (even, strong)]
+    assert torch.equal(*pixels)
+
+
+@pytest.mark.parametrize("draw", [procedural_images, scenes])
+def test_difficulty_takes_the_contrast_of_objects_and_of_their_stripes(draw: Any) -> None:
+    pictures = [draw(0, 8, difficulty=difficulty, texture=0.0) for difficulty in (0.0, 0.5, 1.0)]
+    heads = pictures[0].heads[:, None]
+    assert all(torch.equal(one.heads, pictures[0].heads) for one in pictures)
+    stripes = [float(one.images.masked_select(heads).std()) for one in pictures]
+    assert stripes[0] > 1.5 * stripes[1] > 1.5 * stripes[2]
+    # What is left of the stripes is the noise of the camera, and the object's mean is the background's.
+    assert stripes[2] == pytest.approx(0.02, rel=0.1)
+    assert float(pictures[2].images.masked_select(heads).mean()) == pytest.approx(0.42, abs=0.005)
+
+
+def test_tasks_draw_the_pictures_that_their_settings_ask_for(ctx: Context) -> None:
+    usual, hard = (
+        SeedSegmentation(images=2, train_images=8, difficulty=difficulty).evaluate(
+            CamSeeds(epochs=1), None, ctx
+        )
+        for difficulty in (0.0, 0.7)
+    )
+    assert usual.facts["data_digest"] != hard.facts["data_digest"]
 
 
 def test_every_nucleus_has_a_point_inside_of_it() -> None:

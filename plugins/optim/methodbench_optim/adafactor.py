@@ -36,21 +36,33 @@ class Adafactor:
 
     lr: Annotated[float, Field(gt=0, allow_inf_nan=False, description="learning rate")] = 1e-2
     decay_rate: Annotated[
-        float, Field(lt=0, ge=-1, description="γ: at step t the second moment keeps 1 - t^γ of itself")
+        float,
+        Field(
+            lt=0,
+            ge=-1,
+            description="γ: at step t the second moment keeps 1 - t^γ of itself",
+        ),
     ] = -0.8
-    clip_threshold: Annotated[float, Field(ge=1, description="largest root mean square of an update, d")] = (
-        1.0
-    )
+    clip_threshold: Annotated[
+        float, Field(ge=1, allow_inf_nan=False, description="largest root mean square of an update, d")
+    ] = 1.0
     scale_parameter: Annotated[
         bool, Field(description="rates relative to the parameter's root mean square")
     ] = True
     eps1: Annotated[
         float | None,
-        Field(gt=0, description="floor of the squared gradient; none: the dtype's resolution (torch's form)"),
+        Field(
+            gt=0,
+            allow_inf_nan=False,
+            description="floor of the squared gradient; none: the dtype's resolution (torch's form)",
+        ),
     ] = 1e-30
-    eps2: Annotated[float, Field(gt=0, description="floor of the parameter's root mean square")] = 1e-3
+    eps2: Annotated[
+        float, Field(gt=0, allow_inf_nan=False, description="floor of the parameter's root mean square")
+    ] = 1e-3
     weight_decay: Annotated[
-        float, Field(ge=0, description="decoupled decay; a step shrinks by the rate times it")
+        float,
+        Field(ge=0, allow_inf_nan=False, description="decoupled decay; a step shrinks by the rate times it"),
     ] = 0.0
     form: Annotated[
         Literal["paper", "torch"], Field(description="the paper's rule, or torch.optim.Adafactor")
@@ -122,7 +134,7 @@ class AdafactorOptimizer(Rule):
         super().__init__(params, defaults)
 
     def advance(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
-        for p, grad, step in zip(params, grads, self.count(params), strict=True):
+        for p, grad, step in zip(params, grads, self.count(params, group), strict=True):
             state = self.state[p]
             squares = grad.square().add_(group["eps1"])
             means = (

@@ -34,9 +34,15 @@ if TYPE_CHECKING:
 LearningRate = Annotated[float, Field(gt=0, allow_inf_nan=False, description="learning rate")]
 Beta1 = Annotated[float, Field(ge=0, lt=1, description="decay of the first moment")]
 Beta2 = Annotated[float, Field(ge=0, lt=1, description="decay of the second moment")]
-Epsilon = Annotated[float, Field(gt=0, description="added to the root of the corrected second moment")]
-CoupledDecay = Annotated[float, Field(ge=0, description="L2 penalty, added to the gradient (coupled)")]
-DecoupledDecay = Annotated[float, Field(ge=0, description="decoupled decay; a step shrinks by lr times it")]
+Epsilon = Annotated[
+    float, Field(gt=0, allow_inf_nan=False, description="added to the root of the corrected second moment")
+]
+CoupledDecay = Annotated[
+    float, Field(ge=0, allow_inf_nan=False, description="L2 penalty, added to the gradient (coupled)")
+]
+DecoupledDecay = Annotated[
+    float, Field(ge=0, allow_inf_nan=False, description="decoupled decay; a step shrinks by lr times it")
+]
 
 
 @hyperparameters
@@ -87,13 +93,15 @@ class AdaGrad:
     """Rates per coordinate that fall with the sum of squared gradients, with coupled weight decay."""
 
     lr: LearningRate = 1e-2
-    lr_decay: Annotated[float, Field(ge=0, description="step t has the rate lr / (1 + (t - 1) lr_decay)")] = (
-        0.0
-    )
-    initial_accumulator_value: Annotated[
-        float, Field(ge=0, description="sum of squares before the first step")
+    lr_decay: Annotated[
+        float, Field(ge=0, allow_inf_nan=False, description="step t has the rate lr / (1 + (t - 1) lr_decay)")
     ] = 0.0
-    eps: Annotated[float, Field(gt=0, description="added to the root of the sum of squares")] = 1e-10
+    initial_accumulator_value: Annotated[
+        float, Field(ge=0, allow_inf_nan=False, description="sum of squares before the first step")
+    ] = 0.0
+    eps: Annotated[
+        float, Field(gt=0, allow_inf_nan=False, description="added to the root of the sum of squares")
+    ] = 1e-10
     weight_decay: CoupledDecay = 0.0
 
     def build(self, param_groups: Iterable[dict[str, Any]], ctx: Context) -> torch.optim.Optimizer:
@@ -115,7 +123,9 @@ class RMSProp:
 
     lr: LearningRate = 1e-2
     alpha: Annotated[float, Field(ge=0, lt=1, description="decay of the mean square")] = 0.99
-    eps: Annotated[float, Field(gt=0, description="added to the root of the mean square")] = 1e-8
+    eps: Annotated[
+        float, Field(gt=0, allow_inf_nan=False, description="added to the root of the mean square")
+    ] = 1e-8
     momentum: Annotated[float, Field(ge=0, lt=1, description="share of the last step that is kept")] = 0.0
     centered: Annotated[bool, Field(description="divide by the deviation instead of the mean square")] = False
     weight_decay: CoupledDecay = 0.0
@@ -140,7 +150,9 @@ class AdaDelta:
 
     lr: LearningRate = 1.0
     rho: Annotated[float, Field(ge=0, lt=1, description="decay of both mean squares")] = 0.9
-    eps: Annotated[float, Field(gt=0, description="added to both mean squares, inside of the root")] = 1e-6
+    eps: Annotated[
+        float, Field(gt=0, allow_inf_nan=False, description="added to both mean squares, inside of the root")
+    ] = 1e-6
     weight_decay: CoupledDecay = 0.0
 
     def build(self, param_groups: Iterable[dict[str, Any]], ctx: Context) -> torch.optim.Optimizer:

@@ -45,10 +45,12 @@ class DiffGrad:
     lr: Annotated[float, Field(gt=0, allow_inf_nan=False, description="learning rate")] = 1e-3
     beta1: Annotated[float, Field(ge=0, lt=1, description="decay of the first moment")] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1, description="decay of the second moment")] = 0.999
-    eps: Annotated[float, Field(gt=0, description="added to the root of the second moment")] = 1e-8
-    weight_decay: Annotated[float, Field(ge=0, description="L2 penalty, added to the gradient (coupled)")] = (
-        0.0
-    )
+    eps: Annotated[
+        float, Field(gt=0, allow_inf_nan=False, description="added to the root of the second moment")
+    ] = 1e-8
+    weight_decay: Annotated[
+        float, Field(ge=0, allow_inf_nan=False, description="L2 penalty, added to the gradient (coupled)")
+    ] = 0.0
     eps_position: Annotated[
         EpsPosition,
         Field(description="eps joins the root before the bias correction (the code) or after it (the paper)"),
@@ -74,9 +76,9 @@ class DiffGrad:
 class DiffGradOptimizer(Rule):
     """diffGrad as a :class:`torch.optim.Optimizer`.
 
-    State per parameter: ``step`` (int), ``exp_avg``, ``exp_avg_sq`` and ``previous_grad``, of the parameter's
-    shape and dtype. With ``previous_grad_alias`` the L2 term is added to the gradient's own buffer, as version
-    1 of the authors' code does.
+    State per parameter: ``step`` (int; a float32 tensor where the group is ``capturable``), ``exp_avg``,
+    ``exp_avg_sq`` and ``previous_grad``, of the parameter's shape and dtype. With ``previous_grad_alias`` the L2 term
+    is added to the gradient's own buffer, as version 1 of the authors' code does.
     """
 
     title = "diffGrad"
@@ -90,6 +92,7 @@ class DiffGradOptimizer(Rule):
         weight_decay: float = 0.0,
         eps_position: EpsPosition = "before-correction",
         previous_grad_alias: bool = False,
+        capturable: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -98,11 +101,12 @@ class DiffGradOptimizer(Rule):
             "weight_decay": weight_decay,
             "eps_position": eps_position,
             "previous_grad_alias": previous_grad_alias,
+            "capturable": capturable,
         }
         super().__init__(params, defaults)
 
     def advance(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
-        steps = self.count(params)
+        steps = self.count(params, group)
         exp_avgs, exp_avg_sqs = self.averages(params, "exp_avg"), self.averages(params, "exp_avg_sq")
         previous = self.averages(params, "previous_grad")
         alias: bool = group["previous_grad_alias"]
@@ -160,7 +164,7 @@ def diffgrad_(
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
     previous: list[Tensor],
-    steps: Sequence[int],
+    steps: Sequence[Any],
     *,
     lr: float,
     beta1: float,
@@ -176,7 +180,7 @@ def diffgrad_(
         exp_avgs: first moments m; zeros before step 1.
         exp_avg_sqs: second moments v; zeros before step 1.
         previous: the gradients of the step before, zeros at step 1; left to the caller to replace.
-        steps: number of the step per parameter, from 1.
+        steps: number of the step per parameter, from 1: ints, or float64 scalars on the parameters' devices.
         lr: the schedule's current rate.
         eps_position: whether ``eps`` joins √v before or after the bias correction.
     """
@@ -194,4 +198,8 @@ def diffgrad_(
         denominators, [eps * root if eps_position == "after-correction" else eps for root in roots]
     )
     lengths = [-lr * root / (1 - beta1**step) for root, step in zip(roots, steps, strict=True)]
-    torch._foreach_addcdiv_(params, numerators, denominators, lengths)
+    if isinstance(lengths[0], Tensor):
+        torch._foreach_mul_(numerators, lengths)
+        torch._foreach_addcdiv_(params, numerators, denominators)
+    else:
+        torch._foreach_addcdiv_(params, numerators, denominators, lengths)

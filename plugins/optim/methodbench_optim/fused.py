@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,13 +36,13 @@ def layout_of(*lists: Sequence[Tensor]) -> Layout | None:
     """Return where the tensors of ``lists`` lie, or None where no fused kernel takes them.
 
     One takes fp32 tensors on one device that runs Triton, dense in the order of their first list, which starts with
-    a multiple of 16 bytes each. Tables of the same addresses are made once.
+    a multiple of 16 bytes each. Tables of the same addresses are made once. The compiler makes kernels of its own.
 
     Args:
         lists: parameters, gradients and states; entry ``i`` of each has the same shape.
     """
     device = lists[0][0].device
-    if not runs_triton(device):
+    if torch.compiler.is_compiling() or not runs_triton(device):
         return None
     for tensors in lists:
         for tensor in tensors:
@@ -94,7 +95,7 @@ def diffgrad(
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
     previous: Sequence[Tensor],
-    steps: Sequence[int],
+    steps: Sequence[Any],
     *,
     lr: float,
     beta1: float,
@@ -106,9 +107,9 @@ def diffgrad(
     """Take the step of :func:`methodbench_optim.diffgrad.diffgrad_` in one launch, the L2 term and the replacement of
     ``previous`` included; False where it cannot be, and nothing is changed.
 
-    Parameters whose numbers of steps differ are left to the foreach rule.
+    Parameters whose numbers of steps differ, or lie on the device, are left to the foreach rule.
     """
-    if len(set(steps)) != 1:
+    if torch.compiler.is_compiling() or isinstance(steps[0], Tensor) or len(set(steps)) != 1:
         return False
     layout = layout_of(params, grads, exp_avgs, exp_avg_sqs, previous)
     if layout is None:

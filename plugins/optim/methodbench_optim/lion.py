@@ -40,11 +40,12 @@ class Lion:
         1e-4
     )
     beta1: Annotated[
-        float, Field(ge=0, lt=1, description="share of the momentum in the step's direction")
+        float,
+        Field(ge=0, lt=1, description="share of the momentum in the step's direction"),
     ] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1, description="decay of the stored momentum")] = 0.99
     weight_decay: Annotated[
-        float, Field(ge=0, description="decoupled decay; a step shrinks by lr times it")
+        float, Field(ge=0, allow_inf_nan=False, description="decoupled decay; a step shrinks by lr times it")
     ] = 0.0
 
     def build(self, param_groups: Iterable[dict[str, Any]], ctx: Context) -> LionOptimizer:

@@ -49,15 +49,24 @@ class LionK:
 
     lr: Annotated[float, Field(gt=0, allow_inf_nan=False, description="learning rate")] = 1e-4
     beta1: Annotated[
-        float, Field(ge=0, lt=1, description="share of the momentum in the step's direction")
+        float,
+        Field(ge=0, lt=1, description="share of the momentum in the step's direction"),
     ] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1, description="decay of the stored momentum")] = 0.99
     weight_decay: Annotated[
-        float, Field(ge=0, description="decoupled decay; the constraint is at its inverse, and absent at 0")
+        float,
+        Field(
+            ge=0,
+            allow_inf_nan=False,
+            description="decoupled decay; the constraint is at its inverse, and absent at 0",
+        ),
     ] = 0.0
     kappa: Annotated[Kappa, Field(description="which convex function K")] = "l1"
     p: Annotated[float, Field(gt=1, allow_inf_nan=False, description="order of the norm of lp")] = 1.5
-    e: Annotated[float, Field(gt=0, description="width of relaxed_l1, huber and sinh, as a gradient")] = 0.01
+    e: Annotated[
+        float,
+        Field(gt=0, allow_inf_nan=False, description="width of relaxed_l1, huber and sinh, as a gradient"),
+    ] = 0.01
     k: Annotated[int, Field(ge=1, description="coordinates of each tensor that topk moves")] = 10
 
     def build(self, param_groups: Iterable[dict[str, Any]], ctx: Context) -> LionKOptimizer:
@@ -198,7 +207,8 @@ def group_l2(xs: list[Tensor], _: Settings) -> list[Tensor]:
 def spectral(xs: list[Tensor], _: Settings) -> list[Tensor]:
     """Return U Vᵀ of each matrix, kernels flattened to [out, -1]; a vector over its norm, as a matrix of one column.
 
-    Directions whose singular value is nil beside the largest are left out: the subgradient there is free.
+    Directions whose singular value is nil beside the largest are left out: the subgradient there is free. A matrix that
+    is not finite has no singular values: its direction is NaN.
     """
     return [_polar(x) for x in xs]
 
@@ -207,6 +217,8 @@ def _polar(x: Tensor) -> Tensor:
     matrix = (x.flatten(1) if x.ndim > 1 else x.reshape(-1, 1)).to(
         torch.promote_types(x.dtype, torch.float32)
     )
+    if not bool(matrix.isfinite().all()):
+        return torch.full_like(x, torch.nan)
     u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
     kept = (s > s.amax() * max(matrix.shape) * torch.finfo(s.dtype).eps).to(s.dtype)
     return ((u * kept) @ vh).view_as(x).to(x.dtype)

@@ -31,7 +31,7 @@ from torch import Tensor
 from methodbench.params import hyperparameters
 from methodbench.torchkit.closures import Closure, as_closure
 from methodbench.tuning import Decades, Space
-from methodbench_optim.rule import ready
+from methodbench_optim.rule import ready, real
 
 if TYPE_CHECKING:
     from methodbench.context import Context
@@ -47,9 +47,17 @@ class MeZO:
     SPACE: ClassVar[Space] = {"lr": Decades(4.0)}
 
     lr: Annotated[float, Field(gt=0, allow_inf_nan=False, description="learning rate")] = 1e-6
-    eps: Annotated[float, Field(gt=0, description="length of a perturbation, in standard deviations")] = 1e-3
+    eps: Annotated[
+        float,
+        Field(gt=0, allow_inf_nan=False, description="length of a perturbation, in standard deviations"),
+    ] = 1e-3
     weight_decay: Annotated[
-        float, Field(ge=0, description="decoupled decay; a step shrinks by lr times it; vectors have none")
+        float,
+        Field(
+            ge=0,
+            allow_inf_nan=False,
+            description="decoupled decay; a step shrinks by lr times it; vectors have none",
+        ),
     ] = 0.0
     estimator: Annotated[
         Literal["spsa", "subspace"],
@@ -57,27 +65,30 @@ class MeZO:
     ] = "spsa"
     directions: Annotated[int, Field(ge=1, description="slopes of one step, n (subspace)")] = 2
     history: Annotated[int, Field(ge=2, description="steps of the past that span the subspace, τ")] = 128
-    nu: Annotated[float, Field(ge=0, lt=1, description="share of the past's variance that is removed, ν")] = (
-        1e-3
-    )
+    nu: Annotated[
+        float,
+        Field(ge=0, lt=1, description="share of the past's variance that is removed, ν"),
+    ] = 1e-3
     beta1: Annotated[float, Field(ge=0, lt=1, description="decay of Adam's first moment (subspace)")] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1, description="decay of Adam's second moment (subspace)")] = 0.999
     adam_eps: Annotated[
-        float, Field(gt=0, description="added to the root of the second moment (subspace)")
+        float,
+        Field(gt=0, allow_inf_nan=False, description="added to the root of the second moment (subspace)"),
     ] = 1e-3
 
     def build(self, param_groups: Iterable[dict[str, Any]], ctx: Context) -> torch.optim.Optimizer:
         """Return the optimizer; seeds of its steps follow from ``ctx.seed``, directions from the groups' order."""
         if self.estimator == "subspace":
-            return ready(SubspaceOptimizer(param_groups, self, ctx.seed), "mezo")
-        return ready(MeZOOptimizer(param_groups, self.lr, self.eps, self.weight_decay, ctx.seed), "mezo")
+            return real(ready(SubspaceOptimizer(param_groups, self, ctx.seed), "mezo"), "mezo")
+        rule = MeZOOptimizer(param_groups, self.lr, self.eps, self.weight_decay, ctx.seed)
+        return real(ready(rule, "mezo"), "mezo")
 
 
 class MeZOOptimizer(torch.optim.Optimizer):
     """MeZO as a :class:`torch.optim.Optimizer`; ``step`` asks a closure for its value alone.
 
     Its whole state is the number of steps, ``"step"`` of each group: no tensor. The loss that comes back is that of the
-    first perturbation, the only one that the method sees.
+    first perturbation, the only one that the method sees. A slope that is not finite makes every parameter NaN.
     """
 
     def __init__(
@@ -222,8 +233,11 @@ def quiet_directions(past: Tensor, nu: float) -> Tensor:
     """Return the directions, orthonormal rows [r, d], in which ``past`` [steps, d] hardly varies.
 
     These are the principal components of the standardized past that come after the first share of more than 1 - ν of
-    its variance. Where they are as many as the steps, the last one has no variance at all, and rounding picks it.
+    its variance. Where they are as many as the steps, the last one has no variance at all, and rounding picks it. A
+    past that is not finite has none.
     """
+    if not bool(past.isfinite().all()):
+        return past[:0]
     centred = past - past.mean(0)
     deviation = past.std(0, correction=0)
     standardized = centred / torch.where(deviation == 0, torch.ones_like(deviation), deviation)

@@ -66,12 +66,18 @@ class Muon:
     ] = "adamw"
     weight_decay: Annotated[
         float,
-        Field(ge=0, description="decoupled decay of all parameters; a step shrinks by its rate times it"),
+        Field(
+            ge=0,
+            allow_inf_nan=False,
+            description="decoupled decay of all parameters; a step shrinks by its rate times it",
+        ),
     ] = 0.0
     aux_lr: Annotated[float, Field(gt=0, allow_inf_nan=False, description="rate of AdamW")] = 3e-4
     aux_beta1: Annotated[float, Field(ge=0, lt=1, description="decay of AdamW's first moment")] = 0.9
     aux_beta2: Annotated[float, Field(ge=0, lt=1, description="decay of AdamW's second moment")] = 0.95
-    aux_eps: Annotated[float, Field(gt=0, description="added to the root of AdamW's second moment")] = 1e-10
+    aux_eps: Annotated[
+        float, Field(gt=0, allow_inf_nan=False, description="added to the root of AdamW's second moment")
+    ] = 1e-10
 
     def build(self, param_groups: Iterable[dict[str, Any]], ctx: Context) -> MuonOptimizer:
         """Return the optimizer; a group's role decides, and within ``matrix`` the number of dimensions."""
@@ -107,7 +113,8 @@ class MuonOptimizer(Rule):
     """Muon as a :class:`torch.optim.Optimizer`.
 
     A group's ``"update"`` is ``"orthogonal"``, ``"normalized"`` or ``"adamw"``. State per parameter, of its shape and
-    dtype: ``momentum``, or ``exp_avg`` and ``exp_avg_sq`` beside ``step`` (int) under AdamW.
+    dtype: ``momentum``, or ``exp_avg`` and ``exp_avg_sq`` beside ``step`` under AdamW (int; a float32 tensor
+    where the group is ``capturable``).
     """
 
     title = "Muon"
@@ -122,6 +129,7 @@ class MuonOptimizer(Rule):
         arithmetic: Arithmetic = "bfloat16",
         scale: Scale = "aspect",
         weight_decay: float = 0.0,
+        capturable: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -132,6 +140,7 @@ class MuonOptimizer(Rule):
             "scale": scale,
             "weight_decay": weight_decay,
             "update": "orthogonal",
+            "capturable": capturable,
         }
         super().__init__(params, defaults)
 
@@ -157,7 +166,7 @@ class MuonOptimizer(Rule):
 
     def _adamw(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
         beta1, beta2 = group["betas"]
-        steps = self.count(params)
+        steps = self.count(params, group)
         first, second = self.averages(params, "exp_avg"), self.averages(params, "exp_avg_sq")
         torch._foreach_lerp_(first, grads, 1 - beta1)
         torch._foreach_lerp_(second, torch._foreach_mul(grads, grads), 1 - beta2)

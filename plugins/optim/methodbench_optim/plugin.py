@@ -53,4 +53,22 @@ def methodbench_suites() -> list[SuiteFile]:
             path="suites/tuned.yaml",
             summary="Six optimizers on five workloads, as configured and tuned by eight trials each.",
         ),
+        SuiteFile(
+            name="optim-claims",
+            package="methodbench_optim",
+            path="suites/claims.yaml",
+            summary="What the claims of the optimizers are about, three seeds.",
+        ),
+        SuiteFile(
+            name="training",
+            package="methodbench_optim",
+            path="suites/training.yaml",
+            summary="Methods of training against plain training, three seeds.",
+        ),
+        SuiteFile(
+            name="optim-with-data",
+            package="methodbench_optim",
+            path="suites/with-data.yaml",
+            summary="ResNet-20 and ViT-Tiny on a part of CIFAR-10, SmolLM2 fine-tuned for 24 steps.",
+        ),
     ]

@@ -27,8 +27,13 @@ class Rule(torch.optim.Optimizer):
     """A rule that moves each parameter by its gradient and a state of its own.
 
     A subclass names itself and implements :meth:`advance` on lists of tensors. Gradients must be dense and
-    real. Gradients that are not finite are used as they are, as torch does: what they lead to is the rule's.
-    Parameters without a gradient stay as they are, decay included.
+    real: a step that finds another kind raises before any parameter moves. Gradients that are not finite are used as
+    they are, as torch does: what they lead to is the rule's. Parameters without a gradient stay as they are, decay
+    included. State has the parameter's dtype; mixed precision is for autocast and a gradient scaler, which leave
+    parameters in float32.
+
+    A step may be captured in a CUDA graph once it has run a first time. The graph keeps the rates of its capture. A
+    rule that counts steps needs ``capturable`` in its groups for that, which keeps the numbers on the device.
     """
 
     title: ClassVar[str]
@@ -41,8 +46,9 @@ class Rule(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            for params, grads in with_gradients(group, self.title):
+        found = [(group, list(with_gradients(group, self.title))) for group in self.param_groups]
+        for group, parts in found:
+            for params, grads in parts:
                 self.advance(group, params, grads)
         return loss
 
@@ -57,11 +63,31 @@ class Rule(torch.optim.Optimizer):
                 self.state[p][name] = torch.zeros_like(p, memory_format=torch.preserve_format)
         return [self.state[p][name] for p in params]
 
-    def count(self, params: list[Tensor]) -> list[int]:
-        """Add one to the steps of each parameter and return them, from 1."""
+    def count(self, params: list[Tensor], group: Mapping[str, Any]) -> list[Any]:
+        """Add one to the steps of each parameter and return them, from 1: as ints, or with ``capturable`` as tensors.
+
+        Raises:
+            RuntimeError: a CUDA graph is being captured and the group is not ``capturable``: every replay would take
+                the same step again.
+        """
+        capturable = group.get("capturable", False)
+        if not capturable and not torch.compiler.is_compiling() and capturing():
+            raise RuntimeError(
+                f"{self.title} counts its steps, and a CUDA graph would repeat the number of this one: "
+                "give its groups capturable=True"
+            )
+        counted = []
         for p in params:
-            self.state[p]["step"] = self.state[p].get("step", 0) + 1
-        return [self.state[p]["step"] for p in params]
+            state = self.state[p]
+            before = state.get("step", 0)
+            if not capturable:
+                state["step"] = int(before) + 1 if isinstance(before, Tensor) else before + 1
+                counted.append(state["step"])
+                continue
+            if not isinstance(before, Tensor):
+                state["step"] = torch.tensor(float(before), device=p.device)
+            counted.append(state["step"].add_(1).double())
+        return counted
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, its settings checked.
@@ -71,6 +97,11 @@ class Rule(torch.optim.Optimizer):
         """
         super().add_param_group(param_group)
         check_group(self.title, self.param_groups[-1])
+
+
+def capturing() -> bool:
+    """Return whether a CUDA graph is being captured."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def ready(optimizer: OptimizerT, name: str) -> OptimizerT:
@@ -101,6 +132,21 @@ def ready(optimizer: OptimizerT, name: str) -> OptimizerT:
 
     optimizer.register_state_dict_post_hook(sign)
     optimizer.register_load_state_dict_pre_hook(compare)
+    return optimizer
+
+
+def real(optimizer: OptimizerT, name: str) -> OptimizerT:
+    """Return ``optimizer``, whose parameters are real.
+
+    Raises:
+        ParameterError: a parameter is complex.
+    """
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if p.is_complex():
+                raise ParameterError(
+                    f"{name} moves real parameters, and one of shape {tuple(p.shape)} is complex"
+                )
     return optimizer
 
 

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from methodbench.params import hyperparameters
 from methodbench.torchkit.closures import Closure, as_closure
-from methodbench.tuning import Decades, Space
-from methodbench_optim.rule import ready
+from methodbench.tuning import Between, Space
+from methodbench_optim.rule import ready, real
 
 if TYPE_CHECKING:
     from methodbench.context import Context
@@ -39,7 +39,8 @@ SEARCHES, SMALLEST_STEP, SMALLEST_GRADIENT, SMALLEST_ETA, LARGEST_ETA = 100, 1e-
 class SSO:
     """One gradient in the space of the outputs, then line-searched steps on its surrogate (paper, algorithm 1)."""
 
-    SPACE: ClassVar[Space] = {"eta": Decades(4.0)}
+    #: The paper's grid.
+    SPACE: ClassVar[Space] = {"eta": Between(1e-3, 1e3)}
 
     eta: Annotated[
         float, Field(gt=0, allow_inf_nan=False, description="inverse of the step in the space of the outputs")
@@ -55,16 +56,21 @@ class SSO:
         bool, Field(description="find η by a line search over the loss of the outputs")
     ] = False
     c: Annotated[
-        float, Field(gt=0, lt=1, description="share of the decrease that a line search asks for")
+        float,
+        Field(gt=0, lt=1, description="share of the decrease that a line search asks for"),
     ] = 0.5
-    shrink: Annotated[float, Field(gt=0, lt=1, description="factor of a step that a line search refuses")] = (
-        0.9
-    )
+    shrink: Annotated[
+        float,
+        Field(gt=0, lt=1, description="factor of a step that a line search refuses"),
+    ] = 0.9
     expand: Annotated[
-        float, Field(ge=1, description="growth of the step between line searches of an epoch")
+        float,
+        Field(ge=1, allow_inf_nan=False, description="growth of the step between line searches of an epoch"),
     ] = 1.8
     batches_per_epoch: Annotated[int, Field(ge=1, description="root of the growth of inner steps")] = 1
-    initial_step: Annotated[float, Field(gt=0, description="step of the first line search of a batch")] = 10.0
+    initial_step: Annotated[
+        float, Field(gt=0, allow_inf_nan=False, description="step of the first line search of a batch")
+    ] = 10.0
 
     @model_validator(mode="after")
     def _one_way_to_eta(self) -> SSO:
@@ -74,13 +80,14 @@ class SSO:
 
     def build(self, param_groups: Iterable[dict[str, Any]], ctx: Context) -> SSOOptimizer:
         """Return the optimizer; all roles of parameters are treated alike."""
-        return ready(SSOOptimizer(param_groups, self), "sso")
+        return real(ready(SSOOptimizer(param_groups, self), "sso"), "sso")
 
 
 class SSOOptimizer(torch.optim.Optimizer):
     """SSO as a :class:`torch.optim.Optimizer`; ``step`` asks for a :class:`~methodbench.torchkit.closures.Closure`.
 
-    What is carried from batch to batch stands in the first group: ``step`` (int) and ``eta``, which a search changes.
+    A batch whose surrogate has no finite gradient moves nothing. What is carried from batch to batch stands in the
+    first group: ``step`` (int) and ``eta``, which a search changes.
     """
 
     def __init__(self, params: Iterable[Any], settings: SSO) -> None:

@@ -109,32 +109,68 @@ class Rate:
     ids: tuple[int, ...]
 
 
+class _Timed:
+    """One contestant: a decoder, and how a step of it runs."""
+
+    def __init__(self, module: nn.Module, prompt: Tensor, tokens: int) -> None:
+        self.decoder = Decoder(module, prompt, tokens)
+        self.tokens = tokens
+        self.decoder.prefill()
+        self._step, self._wait = self.decoder.step, _nothing
+        if prompt.is_cuda:
+            self._step, self._wait = graph_of(self.decoder.step).replay, torch.cuda.synchronize
+        self.rates: list[float] = []
+        self.ids: tuple[int, ...] = ()
+
+    def run(self, *, keep: bool = True) -> None:
+        """Decode from the prompt on; ``keep`` the rate."""
+        decoder = self.decoder
+        decoder.prefill()
+        decoder.cache.position = decoder.position
+        ids = []
+        self._wait()
+        start = time.perf_counter()
+        for _ in range(self.tokens):
+            ids.append(decoder.ids.clone())
+            self._step()
+        self._wait()
+        if keep:
+            self.rates.append(self.tokens / (time.perf_counter() - start))
+        self.ids = tuple(int(i) for i in torch.cat(ids).flatten().tolist())
+
+    @property
+    def rate(self) -> Rate:
+        return Rate(statistics.median(self.rates), min(self.rates), max(self.rates), self.ids)
+
+
 @torch.no_grad()
 def decode_rate(module: nn.Module, prompt: Tensor, tokens: int, repeats: int = 5) -> Rate:
     """Return the rate at which ``module`` decodes ``tokens`` tokens after ``prompt`` [1, tokens], batch 1.
 
     The prompt's own time does not count.
     """
-    decoder = Decoder(module, prompt, tokens)
-    decoder.prefill()
-    step, wait = decoder.step, _nothing
-    if prompt.is_cuda:
-        step, wait = graph_of(decoder.step).replay, torch.cuda.synchronize
-    rates = []
-    ids: list[Tensor] = []
+    timed = _Timed(module, prompt, tokens)
     for _ in range(repeats):
-        decoder.prefill()
-        decoder.cache.position = decoder.position
-        ids = []
-        wait()
-        start = time.perf_counter()
-        for _ in range(tokens):
-            ids.append(decoder.ids.clone())
-            step()
-        wait()
-        rates.append(tokens / (time.perf_counter() - start))
-    chosen = tuple(int(i) for i in torch.cat(ids).flatten().tolist())
-    return Rate(statistics.median(rates), min(rates), max(rates), chosen)
+        timed.run()
+    return timed.rate
+
+
+@torch.no_grad()
+def paired_rates(
+    module: nn.Module, peer: nn.Module, prompt: Tensor, tokens: int, repeats: int
+) -> tuple[tuple[list[float], list[float]], tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Return tokens per second of ``module`` and of ``peer`` in every repeat, and the ids that each decoded.
+
+    Both go on greedily from ``prompt`` [1, tokens], batch 1, each from what it decoded itself. After a run of each
+    that does not count, they alternate, and which of them begins does too: what else the machine does hits both alike.
+    """
+    pair = (_Timed(module, prompt, tokens), _Timed(peer, prompt, tokens))
+    for timed in pair:
+        timed.run(keep=False)
+    for repeat in range(repeats):
+        for timed in pair[:: -1 if repeat % 2 else 1]:
+            timed.run()
+    return (pair[0].rates, pair[1].rates), (pair[0].ids, pair[1].ids)
 
 
 def _nothing() -> None:

@@ -67,19 +67,25 @@ def methodbench_suites() -> list[SuiteFile]:
             name="llm-weight-activation",
             package="methodbench_quant",
             path="suites/llm-weight-activation.yaml",
-            summary="rtn, smoothquant, dgq-llm and llm-fp4 at 8, 6 and 4 bits for both.",
+            summary="rtn, smoothquant, dgq-llm, llm-fp4 and agile-quant at 8, 6 and 4 bits for both.",
         ),
         SuiteFile(
             name="llm-weight-only",
             package="methodbench_quant",
             path="suites/llm-weight-only.yaml",
-            summary="rtn, gptq, awq, lorc and adadim at 4, 3 and 2 bits, per channel and in groups.",
+            summary="Eight quantizers of weights at 4, 3 and 2 bits, per channel and in groups.",
         ),
         SuiteFile(
             name="llm-rotation",
             package="methodbench_quant",
             path="suites/llm-rotation.yaml",
             summary="Rotation and reconstruction where rounding to nearest breaks the model: W4A4, KV4, W3 and W2.",
+        ),
+        SuiteFile(
+            name="llm-moe",
+            package="methodbench_quant",
+            path="suites/llm-moe.yaml",
+            summary="eaquant and rounding at four bits for all on a mixture of experts, with and without outliers.",
         ),
         SuiteFile(
             name="vit-ptq",

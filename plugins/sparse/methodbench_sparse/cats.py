@@ -11,7 +11,7 @@ gate spares its row of the up projection and its column of the down projection::
 
 The percentile is read off a histogram of 997 bins over [-1, 1] and one beyond each end: t is the lower edge of the
 bin in which the cumulated share first exceeds the sparsity, so larger gates are never below t. Every token is masked,
-in prompts and when decoding. Attention stays dense, and so do the products: no time is saved here.
+in prompts and when decoding. Attention stays dense, and so do the products, unless execution asks for sparse ones.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from methodbench.torchkit.activation_sparsity import (
     site_sparsity,
 )
 from methodbench.torchkit.model import Calibration, LoadedModel
+from methodbench.torchkit.sparse_gemv import Execution, execute
 
 #: Finite edges of the histogram, and their range (authors' code).
 EDGES, LIMIT = 998, 1.0
@@ -53,6 +54,7 @@ class CATS:
         int,
         Field(ge=0, le=8, description="times that the level is corrected by what calibration text measures"),
     ] = 0
+    execution: Execution = "masked"
 
     def compress(self, model: LoadedModel, data: Calibration, ctx: Context) -> LoadedModel:
         """Return the model with masked gates; see :class:`methodbench.protocols.Compressor`.
@@ -76,6 +78,7 @@ class CATS:
         corrections = self.corrections if self.counted == "model" else 0
         sparse, level = match(model, data, self.sparsity, level, install, corrections)
         sparse.facts |= {"sparsity_target": self.sparsity, "sparsity_level": level}
+        execute(sparse, self.execution, level)
         return sparse
 
     def _counts(

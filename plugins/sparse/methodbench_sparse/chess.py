@@ -11,7 +11,8 @@ sparse; key and value, which a cache keeps, see dense inputs. With quantile_s ov
     q = W_q (h [|h| > t_in])            o = W_o (z [|z| > t_out])     t_in, t_out = quantile_s(|h|), quantile_s(|z|)
 
 Quantiles are averages of quantiles over groups of calibration windows; T is taken in a second pass, here over the
-other half of the calibration text. Every token is masked. Weights and products stay dense: no time is saved here.
+other half of the calibration text. Every token is masked. Products are dense, unless execution asks for
+sparse ones.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from methodbench.torchkit.activation_sparsity import (
     site_sparsity,
 )
 from methodbench.torchkit.model import Calibration, LoadedModel
+from methodbench.torchkit.sparse_gemv import Execution, execute
 from methodbench_sparse.cats import COUNTED_HELP
 
 #: Linears of the attention whose inputs are sparse.
@@ -63,6 +65,7 @@ class CHESS:
         int,
         Field(ge=0, le=8, description="times that the level is corrected by what calibration text measures"),
     ] = 0
+    execution: Execution = "masked"
 
     def compress(self, model: LoadedModel, data: Calibration, ctx: Context) -> LoadedModel:
         """Return the model with masked gates and inputs; see :class:`methodbench.protocols.Compressor`.
@@ -101,6 +104,7 @@ class CHESS:
         corrections = self.corrections if self.counted == "model" else 0
         sparse, level = match(model, data, self.sparsity, level, install, corrections)
         sparse.facts |= {"sparsity_target": self.sparsity, "sparsity_level": level}
+        execute(sparse, self.execution, level)
         return sparse
 
     def thresholds(

@@ -74,7 +74,7 @@ class GBLMPruner(RowSettings):
             scores = gblm_score(weight, scaler, gradients[name], inverse=self.inverse)
             return lowest(scores, self.sparsity, self.pattern, self.use_variant, name)
 
-        return prune_blocks(pruned, data, ctx, mask)
+        return self.stored(prune_blocks(pruned, data, ctx, mask))
 
 
 def gather(

@@ -10,7 +10,8 @@ them makes that explicit. For a token with pre-activations z::
 
 The largest are meant, not those of largest magnitude: what is negative goes first. Gradients flow through what is
 kept, the mask being a constant. A zero neuron spares its column of the second matrix, and its row of the up
-projection in a gated network; the first matrix is read in full. Every token is masked; no time is saved here.
+projection in a gated network; the first matrix is read in full. Every token is masked; products are dense, unless
+execution asks for sparse ones.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from methodbench.torchkit.activation_sparsity import (
     site_sparsity,
 )
 from methodbench.torchkit.model import Calibration, LoadedModel
+from methodbench.torchkit.sparse_gemv import Execution, execute
 from methodbench_sparse.cats import COUNTED_HELP
 
 
@@ -46,6 +48,7 @@ class LazyNeuron:
     ] = 0.5
     counted: Annotated[Literal["site", "model"], Field(description=COUNTED_HELP)] = "site"
     positions: Annotated[Positions, Field(description=POSITIONS_HELP)] = "all"
+    execution: Execution = "masked"
 
     def compress(self, model: LoadedModel, data: Calibration, ctx: Context) -> LoadedModel:
         """Return the model with masked neurons; see :class:`methodbench.protocols.Compressor`.
@@ -64,6 +67,8 @@ class LazyNeuron:
         rules = [(network, Largest(min(kept[network], network.neurons))) for network in networks]
         mask_neurons(sparse, rules, self.positions)
         sparse.facts["neurons_kept"] = max(kept.values())
+        shares = [min(1.0, keep / network.neurons) for network, keep in kept.items()]
+        execute(sparse, self.execution, 1 - sum(shares) / len(shares))
         return sparse
 
 

@@ -9,8 +9,8 @@ sparsity s::
 
     t = sort(|W|)[int(numel s)]        W_ij <- 0  where  |W_ij| <= t
 
-N:M patterns zero the N smallest of every M consecutive inputs. Zeros are stored as zeros: unstructured ones
-speed up no dense kernel, and 2:4 has one on GPUs only, none on CPUs.
+N:M patterns zero the N smallest of every M consecutive inputs. Zeros are stored as zeros unless ``weights`` says
+otherwise: unstructured ones speed up no dense kernel, and 2:4 has one on GPUs only, none on CPUs.
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ from torch import Tensor
 
 from methodbench.context import Context
 from methodbench.params import hyperparameters
+from methodbench.torchkit.compressed import WeightFormat, store_pruned
 from methodbench.torchkit.model import Calibration, LoadedModel
 from methodbench_sparse.masks import (
     PATTERN,
+    WEIGHTS,
     apply_mask,
     check_groups,
     check_pattern,
@@ -52,10 +54,11 @@ class Magnitude:
         Literal["per-linear", "per-row", "global"],
         Field(description="weights that compete: one Linear's, one output's, or those of all Linears"),
     ] = "per-linear"
+    weights: Annotated[WeightFormat, Field(description=WEIGHTS)] = "dense"
 
     @model_validator(mode="after")
     def _scope_agrees(self) -> Self:
-        check_pattern(self.pattern, self.sparsity)
+        check_pattern(self.pattern, self.sparsity, self.weights)
         if self.pattern != "unstructured" and self.scope != "per-linear":
             raise ValueError(f"pattern {self.pattern} compares within its groups: leave scope at per-linear")
         return self
@@ -69,7 +72,7 @@ class Magnitude:
         """
         pruned = model.clone()
         if self.sparsity == 0:
-            return record_zeros(pruned)
+            return store_pruned(record_zeros(pruned), self.weights)
         linears = pruned.adapter.targets(pruned.module)
         threshold = None
         if self.scope == "global":
@@ -78,7 +81,7 @@ class Magnitude:
             )
         for name, linear in linears.items():
             apply_mask(linear, self.mask(weight_matrix(linear), threshold, name))
-        return record_zeros(pruned)
+        return store_pruned(record_zeros(pruned), self.weights, parse_pattern(self.pattern))
 
     def mask(self, weight: Tensor, threshold: Tensor | None = None, name: str = "the matrix") -> Tensor:
         """Return True where ``weight`` [out, in] goes; ``threshold`` is that of the global scope."""

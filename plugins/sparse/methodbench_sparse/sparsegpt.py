@@ -17,22 +17,31 @@ the outputs of the pruned ones before it; all Linears of a block share the stati
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Self
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from methodbench.context import Context
 from methodbench.errors import DivergedError, NotApplicableError
 from methodbench.params import hyperparameters
-from methodbench.torchkit.compensation import PANEL, compensate, inverse_factor, observe_hessians
+from methodbench.torchkit.compensation import (
+    PANEL,
+    Hessian,
+    compensate,
+    inverse_factor,
+    observe_hessians,
+)
+from methodbench.torchkit.compressed import WeightFormat, store_pruned
 from methodbench.torchkit.model import Calibration, LoadedModel, set_weight
-from methodbench.torchkit.quantizers import find_grid
+from methodbench.torchkit.quantizers import find_grid, finite
 from methodbench.torchkit.sequential import walk
 from methodbench_sparse.masks import (
     PATTERN,
+    WEIGHTS,
     check_groups,
     check_pattern,
     parse_pattern,
@@ -62,10 +71,11 @@ class SparseGPT:
         int,
         Field(ge=2, le=16, description="bits of the kept weights, rounded in the same pass; 16: as they are"),
     ] = 16
+    weights: Annotated[WeightFormat, Field(description=WEIGHTS)] = "dense"
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        check_pattern(self.pattern, self.sparsity)
+        check_pattern(self.pattern, self.sparsity, self.weights)
         nm = parse_pattern(self.pattern)
         if nm is not None and self.blocksize % nm[1]:
             raise ValueError(
@@ -85,36 +95,47 @@ class SparseGPT:
             raise NotApplicableError(
                 "sparsegpt compensates on calibration inputs, and the task gives no calibration data"
             )
-        pruned = model.clone()
+        # Under the same name: where nobody else holds the dense weights, each goes when its layer is done.
+        model = model.clone()
         if self.sparsity == 0 and self.bits == 16:
-            return record_zeros(pruned)
+            return store_pruned(record_zeros(model), self.weights)
         loss, unseen = 0.0, []
-        for step in walk(pruned, data, propagate="compressed"):
-            for names, hessian in observe_hessians(step, pruned.adapter.linears(step.block)):
-                for name in names:
-                    where = f"{step.name}.{name}"
-                    linear = step.block.get_submodule(name)
-                    found = sparsegpt(
-                        weight_matrix(linear).float(),
-                        hessian.matrix,
-                        sparsity=self.sparsity,
-                        pattern=self.pattern,
-                        blocksize=self.blocksize,
-                        percdamp=self.percdamp,
-                        bits=self.bits,
-                        name=where,
-                    )
-                    weight = linear.get_parameter("weight")
-                    set_weight(linear, found.weight.to(weight.dtype).view_as(weight))
-                    loss += found.loss
-                    if not hessian.tokens:
-                        unseen.append(where)
+        for step in walk(model, data, propagate="compressed"):
+            hessians = observe_hessians(step, model.adapter.linears(step.block))
+            # A wide layer's Hessian is larger than its weight: each goes with its layers.
+            while hessians:
+                names, hessian = hessians.pop(0)
+                full_names = [f"{step.name}.{name}" for name in names]
+                loss += self._prune([step.block.get_submodule(name) for name in names], hessian, full_names)
+                unseen += [] if hessian.tokens else full_names
         if unseen:
             ctx.warn(
                 f"no calibration token reached {len(unseen)} layers, pruned by magnitude alone (first: {unseen[0]})"
             )
-        pruned.facts["loss"] = loss
-        return record_zeros(pruned)
+        model.facts["loss"] = loss
+        return store_pruned(record_zeros(model), self.weights, parse_pattern(self.pattern))
+
+    def _prune(self, linears: Sequence[nn.Module], hessian: Hessian, names: Sequence[str]) -> float:
+        """Prune layers that share an input, in place, and return the error that it adds."""
+        dead = hessian.matrix.diagonal() == 0
+        factor, _ = inverse_factor(hessian.matrix, self.percdamp, names[0], dead=dead)
+        loss = 0.0
+        for linear, name in zip(linears, names, strict=True):
+            found = sparsegpt(
+                weight_matrix(linear).float(),
+                hessian.matrix,
+                sparsity=self.sparsity,
+                pattern=self.pattern,
+                blocksize=self.blocksize,
+                percdamp=self.percdamp,
+                bits=self.bits,
+                name=name,
+                factor=factor,
+            )
+            weight = linear.get_parameter("weight")
+            set_weight(linear, found.weight.to(weight.dtype).view_as(weight))
+            loss += found.loss
+        return loss
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +163,7 @@ def sparsegpt(
     percdamp: float = 0.01,
     bits: int = 16,
     name: str = "the weight",
+    factor: Tensor | None = None,
 ) -> Pruned:
     """Prune one weight (the authors' ``fasterprune``; algorithm 1).
 
@@ -157,6 +179,8 @@ def sparsegpt(
         percdamp: damping.
         bits: of the kept weights; 16 leaves them as they are.
         name: for messages.
+        factor: U of ``hessian``, dead inputs counting as 1, where it is known from another weight
+            (:func:`methodbench.torchkit.compensation.inverse_factor`).
 
     Raises:
         NotApplicableError: ``columns`` is no multiple of the pattern's group.
@@ -165,13 +189,13 @@ def sparsegpt(
     nm = parse_pattern(pattern)
     if nm is not None:
         check_groups(name, weight.shape[1], nm[1])
-    if not bool(torch.isfinite(weight).all()):
+    if not finite(weight):
         raise DivergedError(f"{name} holds NaN or infinity and cannot be pruned")
     grid = find_grid(weight, bits, "gptq", symmetric=False).columnwise() if bits < 16 else None
     dead = hessian.diagonal() == 0
-    if not bool(dead.all()):
+    if bool(dead.any()) and not bool(dead.all()):
         weight = weight.masked_fill(dead, 0.0)
-    upper, _ = inverse_factor(hessian + torch.diag(dead.to(hessian.dtype)), percdamp, name)
+    upper = inverse_factor(hessian, percdamp, name, dead=dead)[0] if factor is None else factor
     pivots = upper.diagonal()[:, None]
 
     # One column of the weight is one contiguous row here.

@@ -11,7 +11,7 @@ column of the weight::
     t = F^{-1}((1 + p) / 2)        y = W (x [|x| > t])
 
 F is a histogram of the dense activations that q, k and v (or gate and up) share, taken as symmetric around zero.
-In a sequence the last half is masked, a single token always. The weights stay dense and so does the product.
+In a sequence the last half is masked, a single token always. Products are dense, unless execution asks for sparse ones.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from methodbench.torchkit.activation_sparsity import (
     observed,
 )
 from methodbench.torchkit.model import Calibration, LoadedModel
+from methodbench.torchkit.sparse_gemv import Execution, execute
 from methodbench_sparse.greedy import allocate
 from methodbench_sparse.histograms import inverse_cdf
 
@@ -70,6 +71,7 @@ class TEAL:
         int,
         Field(ge=0, le=8, description="times that the level is corrected by what calibration text measures"),
     ] = 0
+    execution: Execution = "masked"
 
     def compress(self, model: LoadedModel, data: Calibration, ctx: Context) -> LoadedModel:
         """Return the model with masked inputs; see :class:`methodbench.protocols.Compressor`.
@@ -108,6 +110,7 @@ class TEAL:
 
         sparse, level = match(model, data, self.sparsity, self.sparsity, install, self.corrections)
         sparse.facts |= {"sparsity_target": self.sparsity, "sparsity_level": level}
+        execute(sparse, self.execution, level)
         return sparse
 
     def _rule(self, linear: nn.Module, histogram: Histogram, sparsity: float) -> nn.Module:

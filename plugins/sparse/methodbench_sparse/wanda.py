@@ -27,10 +27,12 @@ from torch import Tensor
 from methodbench.context import Context
 from methodbench.errors import NotApplicableError
 from methodbench.params import hyperparameters
+from methodbench.torchkit.compressed import WeightFormat, store_pruned
 from methodbench.torchkit.model import Calibration, LoadedModel
 from methodbench.torchkit.sequential import walk
 from methodbench_sparse.masks import (
     PATTERN,
+    WEIGHTS,
     apply_mask,
     check_groups,
     check_pattern,
@@ -59,13 +61,18 @@ class RowSettings:
     use_variant: Annotated[
         bool, Field(description="cut every row at an equal share of its summed scores, not at an equal count")
     ] = False
+    weights: Annotated[WeightFormat, Field(description=WEIGHTS)] = "dense"
 
     @model_validator(mode="after")
     def _pattern_agrees(self) -> Self:
-        check_pattern(self.pattern, self.sparsity)
+        check_pattern(self.pattern, self.sparsity, self.weights)
         if self.pattern != "unstructured" and self.use_variant:
             raise ValueError(f"use_variant needs pattern unstructured, not {self.pattern}")
         return self
+
+    def stored(self, pruned: LoadedModel) -> LoadedModel:
+        """Put the pruned layers in the format that was asked for, and return the model."""
+        return store_pruned(pruned, self.weights, parse_pattern(self.pattern))
 
 
 @hyperparameters
@@ -83,7 +90,9 @@ class Wanda(RowSettings):
             raise NotApplicableError(
                 "wanda scores weights by their inputs, and the task gives no calibration data"
             )
-        return prune_blocks(model.clone(), data, ctx, self.mask)
+        # Under the same name: where nobody else holds the dense weights, each goes when its layer is done.
+        model = model.clone()
+        return self.stored(prune_blocks(model, data, ctx, self.mask))
 
     def mask(self, weight: Tensor, scaler: Tensor, name: str = "the matrix") -> Tensor:
         """Return True where ``weight`` [out, in] goes, given ``scaler`` [in] of :class:`InputScale`."""
@@ -154,7 +163,7 @@ class InputScale:
 
 def wanda_score(weight: Tensor, scaler: Tensor) -> Tensor:
     """Return ``|W_ij| sqrt(scaler_j)``, float32 [out, in]; equation 1 up to a common factor."""
-    return weight.abs().float() * scaler.to(weight.device).sqrt()
+    return weight.abs().float().mul_(scaler.to(weight.device).sqrt())
 
 
 def variant_mask(scores: Tensor, sparsity: float) -> Tensor:

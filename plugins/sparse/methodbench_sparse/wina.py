@@ -13,8 +13,8 @@ s::
 
 The threshold t is the s-quantile of z over calibration tokens. A search can share the sparsity out among the
 Linears of a block (:mod:`methodbench_sparse.greedy`). In a sequence of T > 1 tokens the last int(0.99 T) are masked,
-a single token always. The weights stay dense and so does the product: no time is saved here, and the rotation adds
-two products per block.
+a single token always. Products are dense, unless execution asks for sparse ones, and the rotation adds two products
+per block.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from methodbench.torchkit.activation_sparsity import (
     score,
 )
 from methodbench.torchkit.model import Calibration, LoadedModel
+from methodbench.torchkit.sparse_gemv import Execution, execute
 from methodbench_sparse.greedy import allocate
 from methodbench_sparse.histograms import inverse_cdf
 from methodbench_sparse.rotation import added_share, rotate
@@ -81,6 +82,7 @@ class WINA:
         int,
         Field(ge=0, le=8, description="times that a level of thresholds is corrected on calibration text"),
     ] = 0
+    execution: Execution = "masked"
 
     def compress(self, model: LoadedModel, data: Calibration, ctx: Context) -> LoadedModel:
         """Return the model with masked inputs; see :class:`methodbench.protocols.Compressor`.
@@ -130,6 +132,7 @@ class WINA:
         corrections = self.corrections if self.mask_by == "threshold" else 0
         sparse, level = match(dense, data, self.sparsity, self.sparsity, install, corrections)
         sparse.facts |= {"sparsity_target": self.sparsity, "sparsity_level": level}
+        execute(sparse, self.execution, level)
         return sparse
 
     def _norms(self, role: str, linear: nn.Module) -> Tensor | None:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from methodbench.errors import NotApplicableError, ParameterError
+from methodbench.errors import DivergedError, NotApplicableError, ParameterError
 from methodbench.torchkit.model import LoadedModel
 
 #: Keeps a constant map from dividing by zero.
@@ -38,6 +38,10 @@ PrefixTokens = Annotated[
 ]
 
 _POOLS = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.AvgPool2d, nn.MaxPool2d)
+
+
+class _AllRead(Exception):
+    """Ends a forward pass once every layer that is read has run; never leaves :func:`recorded`."""
 
 
 class Features(NamedTuple):
@@ -77,7 +81,7 @@ def features(
     with recorded(model.module, names, gradients=True) as held:
         logits = model.module(x)
     check_targets(logits, target, len(x))
-    activations = [_called(held, name) for name in names]
+    activations = [called(held, name) for name in names]
     score = logits.gather(1, target[:, None]).sum()
     gradients: Sequence[Tensor | None] = [None] * len(names)
     if score.requires_grad:
@@ -96,15 +100,17 @@ def activations(
 ) -> list[Tensor]:
     """Return the feature maps [B, C, h, w] of each layer for images ``x`` [B, C, H, W], without any gradient.
 
+    The forward pass ends at the last of the layers where each is known to run once.
+
     Raises:
         ParameterError: a layer does not exist, or the images are no images.
         NotApplicableError: a layer has no feature maps, or the model is in training mode.
     """
     check_images(model, x)
     names = layer_names(model, x, layer)
-    with recorded(model.module, names, gradients=False) as held:
+    with recorded(model.module, names, gradients=False, until_read=_run_once(model, names)) as held:
         model.module(x)
-    return [spatial(model, name, _called(held, name), prefix_tokens) for name in names]
+    return [spatial(model, name, called(held, name), prefix_tokens) for name in names]
 
 
 def class_scores(model: LoadedModel, x: Tensor, target: Tensor) -> Tensor:
@@ -112,10 +118,12 @@ def class_scores(model: LoadedModel, x: Tensor, target: Tensor) -> Tensor:
 
     Raises:
         ParameterError: a target is not one of the classes.
+        DivergedError: the logits are not finite.
     """
     with torch.inference_mode():
         logits = model.module(x)
     check_targets(logits, target, len(x))
+    check_scores(model, logits)
     return logits.gather(1, target[:, None])[:, 0].float()
 
 
@@ -123,7 +131,8 @@ def check_images(model: LoadedModel, x: Tensor) -> None:
     """Refuse what no map can be made of.
 
     Raises:
-        ParameterError: ``x`` is no batch of images with the model's channels, or holds values that are not finite.
+        ParameterError: ``x`` is no batch of images with the model's channels and size, or holds values that are not
+            finite.
         NotApplicableError: the model is in training mode, where images change each other's scores.
     """
     if model.module.training:
@@ -142,8 +151,23 @@ def check_images(model: LoadedModel, x: Tensor) -> None:
             f"the images have {x.shape[1]} channels, {model.name} takes {channels}",
             "Grayscale pictures and pictures with an alpha channel are converted to RGB first.",
         )
+    size = _only_size(model)
+    if size is not None and tuple(x.shape[2:]) != size:
+        raise ParameterError(
+            f"the images have {x.shape[2]} x {x.shape[3]} pixels, {model.name} takes {size[0]} x {size[1]} alone",
+            "Resize the images first.",
+        )
     if not bool(x.isfinite().all()):
         raise ParameterError("the images hold values that are not finite", "Mend or leave out these images.")
+
+
+def _only_size(model: LoadedModel) -> tuple[int, int] | None:
+    """Return the height and width that a transformer is bound to, or None where other sizes do."""
+    patches = getattr(model.module, "patch_embed", None)
+    if patches is None or not getattr(patches, "strict_img_size", False):
+        return None
+    size = getattr(patches, "img_size", None)
+    return None if size is None else (int(size[0]), int(size[1]))
 
 
 def saliency(raw: Sequence[Tensor], size: tuple[int, int], *, rectify: bool = True) -> Tensor:
@@ -199,15 +223,18 @@ def layer_names(model: LoadedModel, x: Tensor, layer: LayerChoice = "") -> list[
 
 
 @contextmanager
-def recorded(module: nn.Module, names: Sequence[str], *, gradients: bool) -> Iterator[dict[str, Tensor]]:
+def recorded(
+    module: nn.Module, names: Sequence[str], *, gradients: bool, until_read: bool = False
+) -> Iterator[dict[str, Tensor]]:
     """Keep the outputs of submodules during the forward passes inside the ``with`` block, by name.
 
     The model goes on with a copy of each output, so that an in-place activation behind a layer does not reach
     what is kept. With ``gradients`` the graph begins at the first of the layers that runs; of a module that
-    runs several times the last output is kept. Gradient mode and hooks are as before when the block ends,
-    whatever happens in it.
+    runs several times the last output is kept. With ``until_read`` the ``with`` block ends as soon as every layer
+    has run once. Gradient mode and hooks are as before when the block ends, whatever happens in it.
     """
     held: dict[str, Tensor] = {}
+    wanted = dict.fromkeys(names)
 
     def keep(name: str, output: object) -> Tensor:
         if not isinstance(output, Tensor) or output.ndim not in (3, 4):
@@ -221,17 +248,21 @@ def recorded(module: nn.Module, names: Sequence[str], *, gradients: bool) -> Ite
             held[name] = output if output.requires_grad else output.detach().requires_grad_()
         else:
             held[name] = output
+        if until_read and len(held) == len(wanted):
+            raise _AllRead
         return held[name].clone()
 
     handles = [
         module.get_submodule(name).register_forward_hook(
             lambda _module, _args, output, name=name: keep(name, output)
         )
-        for name in dict.fromkeys(names)
+        for name in wanted
     ]
     try:
         with torch.no_grad() if gradients else torch.inference_mode():
             yield held
+    except _AllRead:
+        pass
     finally:
         for handle in handles:
             handle.remove()
@@ -260,6 +291,15 @@ def spatial(model: LoadedModel, name: str, values: Tensor, prefix_tokens: Prefix
             "Set prefix_tokens to the number of class, distillation and register tokens.",
         )
     return patches.transpose(1, 2).unflatten(2, grid)
+
+
+def _run_once(model: LoadedModel, names: Sequence[str]) -> bool:
+    """Whether each layer is known to run once in a forward pass: blocks of a transformer, their first norms."""
+    layout = model.adapter.layout
+    if layout is None:
+        return False
+    blocks = model.adapter.block_names(model.module)
+    return set(names) <= {*blocks, *(f"{block}.{layout.attention_norm}" for block in blocks)}
 
 
 def _pooled_layer(model: LoadedModel, x: Tensor) -> str:
@@ -308,7 +348,22 @@ def check_targets(logits: Tensor, target: Tensor, images: int) -> None:
         )
 
 
-def _called(held: dict[str, Tensor], name: str) -> Tensor:
+def check_scores(model: LoadedModel, logits: Tensor) -> None:
+    """Refuse logits that no explanation can be read off.
+
+    Raises:
+        DivergedError: a value is not finite.
+    """
+    if not bool(logits.isfinite().all()):
+        raise DivergedError(f"{model.name} returns scores that are not finite")
+
+
+def called(held: dict[str, Tensor], name: str) -> Tensor:
+    """Return what :func:`recorded` kept of a layer.
+
+    Raises:
+        NotApplicableError: the forward pass did not run it.
+    """
     if name not in held:
         raise NotApplicableError(f"the model does not run its layer {name!r}", "Choose a layer that it runs.")
     return held[name]

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from methodbench.errors import NotApplicableError
 from methodbench.params import hyperparameters
 from methodbench.torchkit.model import LoadedModel
-from methodbench_vision.cam import check_images, class_scores, layer_names, min_max, recorded
+from methodbench_vision.cam import called, check_images, class_scores, layer_names, min_max, recorded
 
 Design = Literal["halton", "sobol"]
 
@@ -168,7 +168,7 @@ def embed(model: LoadedModel, x: Tensor, layer: str) -> Tensor:
     """
     with recorded(model.module, [layer], gradients=False) as held:
         model.module(x)
-    maps = held[layer].float()
+    maps = called(held, layer).float()
     if maps.ndim != 4:
         raise NotApplicableError(
             f"layer {layer!r} returns tokens; CRAFT reads maps of a convolutional network"

@@ -27,7 +27,7 @@ from pydantic import Field
 from torch import Tensor
 
 from methodbench.context import Context
-from methodbench.errors import NotApplicableError
+from methodbench.errors import DivergedError, NotApplicableError
 from methodbench.params import hyperparameters
 from methodbench.torchkit.model import Calibration, LoadedModel
 from methodbench_vision.cam import check_images, layer_names
@@ -59,12 +59,13 @@ class DiSRT:
         """Return ``accuracy`` and, per picture, ``right`` and the ``margin`` of the cosines.
 
         Raises:
-            NotApplicableError: there is no picture, or a patch is larger than a picture.
+            NotApplicableError: there is no picture, a patch is larger than a picture, or the layer is not run.
+            DivergedError: the features are not finite.
         """
         x = data.inputs
         if not len(x):
             raise NotApplicableError("DiSRT needs pictures", "Run it on a task that hands some to a probe.")
-        check_images(model, x[:1])
+        check_images(model, x)
         if self.patch + self.overlap > min(x.shape[2:]):
             raise NotApplicableError(
                 f"patches of {self.patch} pixels do not fit pictures of {tuple(x.shape[2:])}",
@@ -73,6 +74,8 @@ class DiSRT:
         triples = triplets(x, self.patch, self.overlap, self.candidates, ctx.seed)
         with torch.inference_mode(), features_of(model, self.layer, self.kept, self.axis, x[:1]) as features:
             found = torch.stack([features(part) for part in triples.unbind(1)], 1)
+        if not bool(found.isfinite().all()):
+            raise DivergedError(f"{model.name} has features that are not finite")
         margin = oddness(found)
         right = (margin.argmax(1) == 0).double()
         others = margin[:, 1:].amax(1)
@@ -130,6 +133,10 @@ def features_of(model: LoadedModel, layer: str, share: float, axis: Axis, one: T
         for part in x.split(100):
             held.clear()
             model.module(part)
+            if not held:
+                raise NotApplicableError(
+                    f"the model does not run its layer {name!r}", "Choose a layer that it runs."
+                )
             last = held[-1]
             found.append(last.mean((2, 3)) if last.ndim == 4 else last.mean(1))
         return torch.cat(found)

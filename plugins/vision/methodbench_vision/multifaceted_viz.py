@@ -30,10 +30,10 @@ from sklearn.manifold import TSNE
 from torch import Tensor
 
 from methodbench.context import Context
-from methodbench.errors import NotApplicableError
+from methodbench.errors import NotApplicableError, ParameterError
 from methodbench.params import hyperparameters
 from methodbench.torchkit.model import Calibration, LoadedModel, Preprocess
-from methodbench_vision.cam import check_images
+from methodbench_vision.cam import check_images, check_scores
 
 
 class Octave(NamedTuple):
@@ -100,12 +100,20 @@ class MultifacetedViz:
 
         Raises:
             NotApplicableError: no image is taken for the class.
+            ParameterError: the images have another size than the model takes.
+            DivergedError: the logits are not finite.
         """
         check_images(model, data.inputs)
         preprocess = model.preprocess or Preprocess(
             (data.inputs.shape[2], data.inputs.shape[3]), (0.5,) * 3, (0.25,) * 3
         )
+        if tuple(data.inputs.shape[2:]) != tuple(preprocess.size):
+            raise ParameterError(
+                f"the images have {tuple(data.inputs.shape[2:])} pixels, {model.name} takes {tuple(preprocess.size)}",
+                "Resize the images first.",
+            )
         features, logits = penultimate(model, data.inputs)
+        check_scores(model, logits)
         predicted = logits.argmax(1)
         unit = int(predicted.mode().values) if self.unit is None else self.unit
         chosen = (predicted == unit).nonzero()[:, 0]
@@ -208,7 +216,12 @@ def penultimate(model: LoadedModel, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def facets(features: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """Group features [n, D] of one class: principal components, t-SNE, k-means. Returns int [n]."""
+    """Group features [n, D] of one class: principal components, t-SNE, k-means. Returns int [n].
+
+    Features that are all alike are one group.
+    """
+    if not np.ptp(features, axis=0).any():
+        return np.zeros(len(features), dtype=np.int64)
     count = min(count, len(features))
     reduced = PCA(min(_COMPONENTS, *features.shape), random_state=seed).fit_transform(features)
     if len(features) > 3:

@@ -31,7 +31,7 @@ from methodbench.context import Context
 from methodbench.errors import NotApplicableError
 from methodbench.params import hyperparameters
 from methodbench.torchkit.model import Calibration, LoadedModel
-from methodbench_vision.cam import check_images, check_targets
+from methodbench_vision.cam import check_images, check_scores, check_targets
 
 #: What becomes of a block's activation at the class token, [B, F] to [B, F].
 Edit = Callable[[Tensor], Tensor]
@@ -61,6 +61,7 @@ class NeuronPath:
 
         Raises:
             NotApplicableError: no class token, or a feed-forward network of unknown structure.
+            DivergedError: the logits are not finite.
         """
         check_images(model, data.inputs)
         found: dict[str, list[Tensor]] = {}
@@ -68,7 +69,9 @@ class NeuronPath:
         generator = torch.Generator().manual_seed(self.seed)
         for x in data.inputs.split(self.batch_size):
             with torch.inference_mode():
-                label = model.module(x).argmax(1)
+                logits = model.module(x)
+            check_scores(model, logits)
+            label = logits.argmax(1)
             hidden = class_token_activations(model, x)
             greedy, _ = greedy_path(model, x, label, hidden, self.steps)
             random = torch.stack(

@@ -60,4 +60,28 @@ def methodbench_suites() -> list[SuiteFile]:
             summary="Grad-CAM, Eigen-CAM and a random control on pictures with exact masks.",
             role="demo-quick",
         ),
+        SuiteFile(
+            name="explainers",
+            package="methodbench_vision",
+            path="suites/explainers.yaml",
+            summary="Every explainer beside controls: where maps point, and whether they follow the model.",
+        ),
+        SuiteFile(
+            name="explainers-with-data",
+            package="methodbench_vision",
+            path="suites/explainers-with-data.yaml",
+            summary="Insertion, deletion and ROAD on CIFAR-10 and on a sample of ImageNet, where the data is present.",
+        ),
+        SuiteFile(
+            name="weak-supervision",
+            package="methodbench_vision",
+            path="suites/weak.yaml",
+            summary="BAS, USAGE, DOEI and DoNuSeg beside the bases that they claim to beat.",
+        ),
+        SuiteFile(
+            name="image-probes",
+            package="methodbench_vision",
+            path="suites/probes.yaml",
+            summary="Neuron paths, multifaceted pictures and DiSRT on the networks of the procedural pictures.",
+        ),
     ]

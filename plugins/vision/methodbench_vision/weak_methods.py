@@ -62,6 +62,19 @@ METHODS: list[Method] = [
         ),
         presets={
             "base": {"temperature": 1e6, "consistency": 0.0},
+            # The temperature alone: no agreement of views.
+            "narrow": {"temperature": 0.3, "consistency": 0.0},
+            "wide": {"temperature": 10.0, "consistency": 0.0},
+            **{
+                f"vit-{name}": {
+                    "network": "vit",
+                    "temperature": temperature,
+                    "consistency": 0.0,
+                    "epochs": 10,
+                    "peak_rate": 2e-3,
+                }
+                for name, temperature in (("narrow", 0.3), ("wide", 10.0))
+            },
             "vit": {"network": "vit", "temperature": 0.3, "epochs": 10, "peak_rate": 2e-3},
             "vit-base": {
                 "network": "vit",

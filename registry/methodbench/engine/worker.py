@@ -202,6 +202,7 @@ class _Bench:
 
             compressed = self._compress(task, described, ctx)
             activation_sparsity.forget(compressed.model)
+            ctx.dense = self.model
             evaluation, marks = self._evaluate(
                 compressed.model, ctx, lambda: task.evaluate(compressed.model, ctx)
             )

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from methodbench.context import Context
 from methodbench.errors import MissingExtraError
 from methodbench.torchkit.adapters import Adapter, detect, unfuse_experts
-from methodbench.torchkit.closures import Closure
+from methodbench.torchkit.closures import Closure, TrainingClosure, training_step
 from methodbench.torchkit.model import Calibration, LoadedModel
 from methodbench.torchkit.outliers import inject_outliers
 
@@ -430,14 +430,10 @@ def teach(method: Any, seed: int, steps: int, ctx: Any) -> tuple[Tensor, Tensor]
     losses = []
     for step in range(steps):
         picked = torch.arange(step * 32, step * 32 + 32) % len(given.x)
-        outputs, targets = model(given.x[picked]), given.y[picked]
-        loss = method.loss(model, outputs, targets, nn.functional.cross_entropy(outputs, targets))
-        optimizer.zero_grad()
-        loss.backward()
-        method.after_backward(model, step)
-        optimizer.step()
-        method.after_step(model, step)
-        losses.append(loss.detach())
+        closure = TrainingClosure(
+            method, model, step, nn.functional.cross_entropy, given.x[picked], given.y[picked]
+        )
+        losses.append(training_step(optimizer, closure))
     right = output(model.eval(), given.test_x).argmax(1) == given.test_y
     return torch.stack(losses), right.double()
 

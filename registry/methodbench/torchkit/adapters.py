@@ -147,6 +147,8 @@ class Adapter:
     embedding_name: str = ""
     head_name: str = ""
     final_norm_name: str = ""
+    merging_norms: tuple[tuple[str, str], ...] = ()
+    """Norms between stages of blocks that one Linear each reads: names of the norm and of the Linear."""
 
     def block_names(self, module: nn.Module) -> list[str]:
         """Return the dotted names of the blocks in ``module``, in order."""
@@ -231,8 +233,9 @@ class Adapter:
         return int(getattr(module, "num_prefix_tokens", 0))
 
     def patch_grid(self, module: nn.Module) -> tuple[int, int] | None:
-        """Return rows and columns of a vision transformer's patches; None where the embedding does not say."""
-        grid = getattr(self.embedding(module), "grid_size", None)
+        """Return rows and columns of a vision transformer's patches; None where the embedding does not say, or blocks
+        merge them."""
+        grid = None if self.stages else getattr(self.embedding(module), "grid_size", None)
         return None if grid is None else (int(grid[0]), int(grid[1]))
 
     def _leaves(self, module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -387,6 +390,9 @@ def detect(module: nn.Module) -> Adapter:
                 )
                 if adapter.targets(module) or _fused_experts(module):
                     return adapter
+    windowed = _windowed(module)
+    if windowed is not None:
+        return windowed
     stages = _conv_stages(module)
     if stages:
         return Adapter(
@@ -509,6 +515,34 @@ def _layout(blocks: list[nn.Module]) -> Layout | None:
                 if not any(norms) or any(_find(block, name) is not None for name in norms):
                     return layout
     return None
+
+
+def _windowed(module: nn.Module) -> Adapter | None:
+    """Return the adapter of a transformer whose stages hold blocks and merge patches between them, as Swin's."""
+    stages = _find(module, "layers")
+    if not isinstance(stages, nn.Sequential | nn.ModuleList) or _find(module, "patch_embed") is None:
+        return None
+    names, merging = [], []
+    for stage_name, stage in stages.named_children():
+        blocks = _find(stage, "blocks")
+        if blocks is None:
+            return None
+        names += [_join("layers", stage_name, "blocks", name) for name, _ in blocks.named_children()]
+        path = _join("layers", stage_name, "downsample")
+        if all(_find(module, _join(path, part)) is not None for part in ("norm", "reduction")):
+            merging.append((_join(path, "norm"), _join(path, "reduction")))
+    layout = _layout([module.get_submodule(name) for name in names])
+    if layout is None:
+        return None
+    return Adapter(
+        kind="vit",
+        stages=tuple(names),
+        layout=layout,
+        embedding_name="patch_embed",
+        head_name=_first(module, ("head.fc", "head")),
+        final_norm_name=_first(module, ("norm",)),
+        merging_norms=tuple(merging),
+    )
 
 
 def _conv_stages(module: nn.Module) -> tuple[str, ...]:

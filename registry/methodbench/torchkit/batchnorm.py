@@ -48,6 +48,18 @@ def fold_batchnorms(model: LoadedModel, images: Tensor) -> LoadedModel:
     return folded
 
 
+def batchnorms_behind(model: LoadedModel, images: Tensor) -> dict[str, nn.BatchNorm2d]:
+    """Return the BatchNorm2d that reads each convolution, by the convolution's name.
+
+    Args:
+        images: [B, C, H, W] to find out which norm reads which convolution.
+    """
+    return {
+        conv: cast(nn.BatchNorm2d, model.module.get_submodule(norm))
+        for norm, conv in _pairs(model.module, images).items()
+    }
+
+
 def _pairs(module: nn.Module, images: Tensor) -> dict[str, str]:
     """Return the convolution whose output each BatchNorm2d reads, by the norm's name."""
     outputs: dict[int, tuple[str, Tensor]] = {}

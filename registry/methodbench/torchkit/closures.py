@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclasses.dataclass(slots=True)
@@ -129,3 +129,52 @@ def as_closure(closure: Any, owner: str) -> Closure:
             f" not with {type(closure).__name__}"
         )
     return closure
+
+
+class TrainingClosure(Closure):
+    """The loss of one batch as a training method has it, whose gradients the method sees before the optimizer does.
+
+    Parameters that the loss does not reach have no gradient, so that no optimizer moves them.
+
+    Args:
+        method: a :class:`methodbench.protocols.TrainingMethod`.
+        model: what ``method.wrap`` returned, in training mode.
+        step: number of the step, from 0.
+        loss: maps outputs and targets to the task's loss, a scalar.
+        inputs: of the batch.
+        targets: of the batch.
+        evaluations: where to count; a count of its own by default.
+    """
+
+    def __init__(
+        self,
+        method: Any,
+        model: nn.Module,
+        step: int,
+        loss: Callable[[Tensor, Any], Tensor],
+        inputs: Any = None,
+        targets: Any = None,
+        evaluations: Evaluations | None = None,
+    ) -> None:
+        def of_method(outputs: Tensor, targets: Any) -> Tensor:
+            found: Tensor = method.loss(model, outputs, targets, loss(outputs, targets))
+            return found
+
+        trained = [p for p in model.parameters() if p.requires_grad]
+        super().__init__(trained, model, of_method, inputs, targets, evaluations)
+        self.method, self.module, self.step = method, model, step
+
+    def __call__(self) -> Tensor:
+        """Return the loss, a scalar, with fresh gradients that the method has seen."""
+        for p in self.params:
+            p.grad = None
+        loss = super().__call__()
+        self.method.after_backward(self.module, self.step)
+        return loss
+
+
+def training_step(optimizer: torch.optim.Optimizer, closure: TrainingClosure) -> Tensor:
+    """Take one step of the training loop that all training methods share, hooks included, and return the loss."""
+    loss: Tensor = optimizer.step(closure)  # type: ignore[arg-type, assignment]  # torch says float
+    closure.method.after_step(closure.module, closure.step)
+    return loss

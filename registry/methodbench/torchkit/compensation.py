@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from methodbench.errors import DivergedError
+from methodbench.torchkit.quantizers import finite
 from methodbench.torchkit.sequential import BlockStep, Observer
 
 #: Columns whose mutual updates are applied one by one; wider updates are matrix products.
@@ -86,37 +87,57 @@ def _same_tensor(a: Tensor, b: Tensor) -> bool:
     return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a._version == b._version
 
 
-def inverse_factor(hessian: Tensor, percdamp: float, name: str = "the layer") -> tuple[Tensor, float]:
+def inverse_factor(
+    hessian: Tensor, percdamp: float, name: str = "the layer", *, dead: Tensor | None = None
+) -> tuple[Tensor, float]:
     """Return ``U``, upper triangular with ``U^T U = (H + damping)^-1``, and the damping that was needed.
 
     With ``J`` the reversal of rows, ``J H J = L L^T`` gives ``U = (J L J)^-1``: one factorization and no
     inverse of ``H``, the same ``U`` as the authors' Cholesky factor of the inverse. Damping is raised
-    tenfold, up to 1, while the factorization fails.
+    tenfold, up to 1, while the factorization fails. Two matrices of the size of ``H`` are made, ``U`` one of them.
 
     Args:
-        hessian: fp32 [n, n], symmetric, with a positive diagonal.
+        hessian: fp32 [n, n], symmetric; left as it is.
         percdamp: damping as a share of the mean of the diagonal.
+        dead: boolean [n], inputs that were always zero: their diagonal counts as 1. Without it the diagonal must be
+            positive.
 
     Raises:
         DivergedError: NaN or infinity in ``hessian``, or no damping up to the mean of the diagonal helps.
     """
-    if not bool(torch.isfinite(hessian).all()):
+    if not finite(hessian):
         raise DivergedError(f"calibration activations that enter {name} hold NaN or infinity")
-    mean = hessian.diagonal().mean()
+    diagonal = hessian.diagonal() if dead is None else hessian.diagonal().masked_fill(dead, 1.0)
+    mean = diagonal.mean()
     damping = percdamp
     while True:
-        reversed_ = hessian.flip(0, 1)
-        reversed_.diagonal().add_(damping * mean)
-        lower, failed = torch.linalg.cholesky_ex(reversed_)
+        # LAPACK works on columns in place: by columns, neither the factor nor the solution is copied.
+        lower = hessian.flip(0, 1).mT
+        lower.diagonal().copy_(diagonal.flip(0) + damping * mean)
+        failed = torch.empty((), dtype=torch.int32, device=hessian.device)
+        torch.linalg.cholesky_ex(lower, out=(lower, failed))
         if not int(failed):
-            eye = torch.eye(lower.shape[0], dtype=lower.dtype, device=lower.device)
-            return torch.linalg.solve_triangular(lower, eye, upper=False).flip(0, 1), damping
+            upper = torch.eye(len(lower), dtype=lower.dtype, device=lower.device).mT
+            torch.linalg.solve_triangular(lower, upper, upper=False, out=upper)
+            _reverse(upper.mT.view(-1))
+            return upper, damping
         if damping >= 1:
             raise DivergedError(
                 f"the Hessian of {name} is not positive definite, even damped by its mean diagonal",
                 "Calibrate with more or other inputs.",
             )
         damping = min(1.0, 10 * damping)
+
+
+def _reverse(values: Tensor, step: int = 1 << 20) -> None:
+    """Reverse ``values`` [n] in place; of a matrix that lies in one piece, that reverses its rows and its columns."""
+    half = len(values) // 2
+    for start in range(0, half, step):
+        stop = min(start + step, half)
+        front, back = values[start:stop], values[len(values) - stop : len(values) - start]
+        ahead = front.flip(0)
+        front.copy_(back.flip(0))
+        back.copy_(ahead)
 
 
 def compensate(

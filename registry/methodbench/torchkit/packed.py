@@ -44,7 +44,7 @@ def packed_length(count: int, bits: int) -> int:
     return -(-count // per_word) * word
 
 
-def pack(codes: Tensor, bits: int) -> Tensor:
+def pack(codes: Tensor, bits: int, *, low: int = 0) -> Tensor:
     """Pack codes into bytes.
 
     The codes are cut into planes of equal length (two at 4 bits, four at 2 bits, eight at 3 and 1 bits), and
@@ -52,8 +52,9 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     low 4 bits followed by the rest.
 
     Args:
-        codes: integers [count] from 0 to ``2**bits - 1``.
+        codes: integers [count] from ``low`` to ``low + 2**bits - 1``.
         bits: one of :data:`WIDTHS`.
+        low: the code that is stored as 0.
 
     Returns:
         uint8 [:func:`packed_length`].
@@ -62,11 +63,12 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         ValueError: another width, or a code outside the range.
     """
     _check_width(bits)
-    if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= 2**bits):
-        raise ValueError(f"codes of {bits} bits must lie between 0 and {2**bits - 1}")
-    codes = codes.to(torch.uint8)
+    if codes.numel() and (int(codes.min()) < low or int(codes.max()) >= low + 2**bits):
+        raise ValueError(f"codes of {bits} bits must lie between {low} and {low + 2**bits - 1}")
+    # Bytes wrap around, so that the lowest code becomes 0 without a wider copy.
+    codes = codes.to(torch.uint8, copy=True).add_(-low % 256)
     if bits == 8:
-        return codes.clone()
+        return codes
     if bits in _LOW_PART:
         low = _LOW_PART[bits]
         return torch.cat([pack(codes & (2**low - 1), low), pack(codes >> low, bits - low)])
@@ -139,8 +141,13 @@ class PackedLayer(nn.Module):
 
     scale: Tensor
 
+    done: ClassVar[str] = "quantized"
+    """What happened to the weight, for messages."""
+
     def __init_subclass__(cls) -> None:
-        FORMATS[cls.format] = cls
+        # What formats share may be a class without a format.
+        if "format" in vars(cls):
+            FORMATS[cls.format] = cls
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool, dtype: str) -> None:
         super().__init__()
@@ -334,7 +341,7 @@ class PackedLinear(PackedLayer):
             scale_dtype=_scale_dtype(quantized.scale),
             dtype=str(dtype).removeprefix("torch."),
         )
-        layer.codes = pack((quantized.codes - quantized.low).flatten(), quantized.bits)
+        layer.codes = pack(quantized.codes.flatten(), quantized.bits, low=quantized.low)
         layer.scale = quantized.scale.to(layer.scale.dtype)
         if zero is not None:
             layer.zero = pack(zero.flatten(), quantized.bits) if storage == "packed" else zero.to(torch.int16)
@@ -538,7 +545,7 @@ def dense_linear(module: nn.Module, name: str) -> nn.Linear:
     """
     if isinstance(module, PackedLayer):
         raise NotApplicableError(
-            f"layer {name} is quantized already ({module.summary})", "Start from the dense model."
+            f"layer {name} is {module.done} already ({module.summary})", "Start from the dense model."
         )
     if not isinstance(module, nn.Linear):
         raise NotApplicableError(f"layer {name} is a {type(module).__name__}, not a Linear")
@@ -596,7 +603,7 @@ def rebuild(module: nn.Module, configs: Mapping[str, Mapping[str, Any]]) -> nn.M
         MethodbenchError: ``module`` has no submodule of that name, or a format is not known.
     """
     # A format is known once its module is imported.
-    from methodbench.torchkit import binary_coded, power_map  # noqa: F401
+    from methodbench.torchkit import binary_coded, compressed, power_map  # noqa: F401
 
     for name, config in configs.items():
         parent, _, leaf = name.rpartition(".")

@@ -37,6 +37,9 @@ Granularity = Literal["token", "tensor"]
 Along = Literal["input", "output", "tensor"]
 Factor = Tensor | float
 
+#: Weights that are rounded at a time: bounds what is held in floating point beside them.
+_ENCODED_AT_ONCE = 1 << 22
+
 
 class Grid(Protocol):
     """Levels that values are rounded to, each with an integer code."""
@@ -83,6 +86,13 @@ class UniformGrid:
     zero: Tensor | None
     low: int
     high: int
+
+    def rows(self, rows: slice) -> UniformGrid:
+        """Return the grid of some rows of the values; one that all rows share is that of each."""
+        if len(self.scale) == 1:
+            return self
+        zero = None if self.zero is None else self.zero[rows]
+        return UniformGrid(self.scale[rows], zero, self.low, self.high)
 
     def columnwise(self) -> UniformGrid:
         """Return a grid of [rows, 1] as one that broadcasts over a column [rows]."""
@@ -310,13 +320,18 @@ def groups_of(
     return x.unflatten(-1, (width // size, size))
 
 
+def finite(x: Tensor) -> bool:
+    """Return whether ``x`` holds neither NaN nor infinity, without a tensor of its size beside it."""
+    return not x.numel() or bool(torch.stack(x.detach().aminmax()).isfinite().all())
+
+
 def require_finite(x: Tensor, name: str = "the weight") -> None:
     """Check that ``x`` holds numbers only.
 
     Raises:
         DivergedError: it holds NaN or infinity; names ``name``.
     """
-    if not bool(torch.isfinite(x.sum(dtype=torch.float64))):
+    if not finite(x):
         raise DivergedError(f"{name} holds NaN or infinity and cannot be quantized")
 
 
@@ -328,8 +343,12 @@ def on_grid(x: Tensor, grid: UniformGrid, bits: int, name: str = "the weight") -
     """
     require_finite(grid.scale, name)
     zero = None if grid.zero is None else grid.zero.squeeze(-1)
-    codes = grid.encode(x).to(torch.int16).flatten(1)
-    return Quantized(codes, grid.scale.squeeze(-1), zero, grid.low, bits)
+    codes = torch.empty(x.shape, dtype=torch.int16, device=x.device)
+    step = max(1, _ENCODED_AT_ONCE * len(x) // max(1, x.numel()))
+    for start in range(0, len(x), step):
+        rows = slice(start, start + step)
+        codes[rows] = grid.rows(rows).encode(x[rows])
+    return Quantized(codes.flatten(1), grid.scale.squeeze(-1), zero, grid.low, bits)
 
 
 def quantize(

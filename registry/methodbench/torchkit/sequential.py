@@ -35,7 +35,8 @@ class BlockStep:
     """Dotted name in the model."""
     block: nn.Module
     inputs: list[Tensor]
-    """Hidden states, one [B, T, hidden] (or [B, C, H, W]) per batch of calibration sequences."""
+    """Hidden states, one [B, T, hidden] (or [B, C, H, W]) per batch of calibration sequences; none once the next step
+    was asked for."""
     kwargs: list[dict[str, Any]] = field(default_factory=list)
     """The block's other arguments, by name, one dictionary per batch."""
     outputs: list[Tensor] | None = None
@@ -114,6 +115,8 @@ def walk(
         if not last:
             step.block = model.module.get_submodule(name)
             inputs = step.forward() if outputs is None else outputs
+            # The consumer holds its step until it has the next one, for which these need not stay.
+            step.inputs, step.outputs, outputs = [], None, None
 
 
 class _Captured(Exception):

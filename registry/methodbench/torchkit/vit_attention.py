@@ -4,6 +4,9 @@ timm's attention calls a fused kernel, inside which queries, keys, probabilities
 replaced. :class:`ExplicitAttention` computes the same function step by step::
 
     A = softmax(matmul1(q, k^T) * scale + mask),    out = proj(gate(x) * norm(matmul2(A, v)))
+
+:class:`ExplicitWindowAttention` does so for the windows of Swin, where queries are scaled first and logits have a bias
+per relative position.
 """
 
 from __future__ import annotations
@@ -22,6 +25,8 @@ from methodbench.torchkit.model import set_submodule
 
 _PARTS = {"qkv", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop"}
 _ARGUMENTS = {"x", "attn_mask", "is_causal"}
+_WINDOW_PARTS = {"qkv", "attn_drop", "softmax", "proj", "proj_drop"}
+_WINDOW_TENSORS = {"relative_position_bias_table", "relative_position_index"}
 
 
 class MatMul(nn.Module):
@@ -88,23 +93,63 @@ class ExplicitAttention(nn.Module):
         return self.matmul1(q, k.transpose(-2, -1)) * self.scale
 
 
+class ExplicitWindowAttention(ExplicitAttention):
+    """Self-attention within windows, as Swin has it; see :func:`explicit_attention`."""
+
+    relative_position_index: Tensor
+
+    def __init__(self, attention: Any) -> None:
+        super().__init__(attention)
+        self.relative_position_bias_table = attention.relative_position_bias_table
+        self.register_buffer("relative_position_index", attention.relative_position_index, persistent=False)
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
+        """Return the attention's output [windows * B, N, out] for tokens ``x`` [windows * B, N, D].
+
+        Args:
+            mask: [windows, N, N], added to the logits.
+        """
+        windows, tokens, _ = x.shape
+        q, k, v = self._heads(self.qkv(x))
+        logits = self.matmul1(q * self.scale, k.transpose(-2, -1)) + self._bias(tokens)
+        if mask is not None:
+            logits = (logits.unflatten(0, (-1, len(mask))) + mask.unsqueeze(1)).flatten(0, 1)
+        probabilities = self.attn_drop(logits.softmax(dim=-1))
+        out = self.matmul2(probabilities, v).transpose(1, 2).reshape(windows, tokens, self.width)
+        return self.proj_drop(self.proj(out))
+
+    def _bias(self, tokens: int) -> Tensor:
+        """Return [heads, N, N]."""
+        rows = self.relative_position_bias_table[self.relative_position_index.flatten()]
+        return rows.view(tokens, tokens, -1).permute(2, 0, 1)
+
+
 def explicit_attention(attention: nn.Module, name: str = "the attention") -> ExplicitAttention:
-    """Return the explicit form of timm's ``Attention``; it shares the submodules of ``attention``.
+    """Return the explicit form of timm's ``Attention`` or ``WindowAttention``; it shares the submodules.
 
     Raises:
-        NotApplicableError: another kind of attention: relative positions, rotary embeddings, separate query
-            and key layers, or anything else that changes the function.
+        NotApplicableError: another kind of attention: rotary embeddings, separate query and key layers, or
+            anything else that changes the function.
     """
     parts = {part for part, _ in attention.named_children()}
     arguments = set(inspect.signature(attention.forward).parameters)
-    own = [*attention.parameters(recurse=False), *attention.buffers(recurse=False)]
+    own = {
+        name
+        for part in (attention.named_parameters(recurse=False), attention.named_buffers(recurse=False))
+        for name, _ in part
+    }
+    explicit: ExplicitAttention | None = None
     if {"qkv", "proj"} <= parts <= _PARTS and arguments <= _ARGUMENTS and not own:
         explicit = ExplicitAttention(attention)
-        if _agree(attention, explicit):
-            return explicit
+    elif {"qkv", "proj"} <= parts <= _WINDOW_PARTS and arguments == {"x", "mask"} and own == _WINDOW_TENSORS:
+        explicit = ExplicitWindowAttention(attention)
+    if explicit is not None and _agree(attention, explicit):
+        return explicit
     raise NotApplicableError(
         f"{name} ({type(attention).__name__}) is not plain self-attention with one query-key-value layer",
-        "Attention as in ViT, DeiT and DINOv2 is supported.",
+        "Attention as in ViT, DeiT, DINOv2 and Swin is supported.",
     )
 
 
@@ -149,6 +194,8 @@ def recorded_attention(module: nn.Module, adapter: Adapter) -> Iterator[dict[str
 
     names = [f"{block}.{adapter.layout.attention}" for block in adapter.block_names(module)]
     explicit = [explicit_attention(module.get_submodule(name), name) for name in names]
+    if any(isinstance(attention, ExplicitWindowAttention) for attention in explicit):
+        raise NotApplicableError(f"{type(module).__name__} attends within windows, not from token to token")
     handles = [
         attention.qkv.register_forward_hook(
             lambda _module, _args, qkv, name=name, attention=attention: keep(name, attention, qkv)
@@ -180,7 +227,9 @@ def _masked(logits: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
 def _agree(attention: nn.Module, explicit: ExplicitAttention) -> bool:
     """Whether both give the same on one probe: equal names do not make an equal function."""
     weight = explicit.qkv.get_parameter("weight")
-    probe = torch.linspace(-2, 2, 3 * weight.shape[1], dtype=torch.float64).sin().view(1, 3, -1).to(weight)
+    tokens = int(getattr(attention, "window_area", 3))
+    probe = torch.linspace(-2, 2, tokens * weight.shape[1], dtype=torch.float64).sin()
+    probe = probe.view(1, tokens, -1).to(weight)
     coarse = torch.finfo(weight.dtype).eps ** 0.5
     with torch.no_grad():
         expected, actual = attention(probe), explicit(probe)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from methodbench.testing.parity import Vectors, stated_by
-from methodbench_quant.llm.adaquant import LearnedRange, QuantizedLinear, adaquant, allocate
+from methodbench_quant.learned_ranges import LearnedRange, QuantizedLinear, adaquant, allocate
 
 pytestmark = pytest.mark.vectors("quant", "adaquant")
 

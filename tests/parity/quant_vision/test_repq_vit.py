@@ -15,6 +15,7 @@ from methodbench.torchkit.adapters import detect
 from methodbench.torchkit.model import Calibration, LoadedModel
 from methodbench_quant.vit.repq_vit import (
     RepQViT,
+    fold_channels,
     log_sqrt2,
     reparameterize,
     search_log_sqrt2,
@@ -145,7 +146,7 @@ def test_logits_after_reparameterization_are_the_authors(
     vectors: Vectors, model: LoadedModel, method: RepQViT, images: Calibration
 ) -> None:
     draft = method.calibrate(model, images, Context())
-    method.fold(draft, model)
+    fold_channels(draft, model, draft.requantize)
     check_logits(draft.model.module, vectors, "q_logits_after_reparam")
 
 

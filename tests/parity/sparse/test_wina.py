@@ -203,8 +203,10 @@ def test_rotated_logits_and_norms_equal_the_reference(vectors: Vectors, decoder:
     for index, block in enumerate(rotated.adapter.blocks(rotated.module)):
         for key, layer in (("k_norms", block.self_attn.k_proj), ("gate_norms", block.mlp.gate_proj)):
             expected = vectors.tensor(f"tr_block{index}_{key}")
+            # Beyond the rank of a weight a norm is zero but for rounding, of which each library has its own.
+            rounding = len(expected) * torch.finfo(expected.dtype).eps * float(expected.max())
             torch.testing.assert_close(
-                column_norms(layer.weight), expected, rtol=limit(vectors, "norms rtol"), atol=0
+                column_norms(layer.weight), expected, rtol=limit(vectors, "norms rtol"), atol=rounding
             )
     assert torch.equal(logits(decoder, vectors), before)
 

@@ -35,7 +35,9 @@ class ASFT:
     mode: Annotated[
         Mode, Field(description="which loss: with the weight (dft, asft), with the anchor (+kl, asft)")
     ] = "asft"
-    kl_weight: Annotated[float, Field(ge=0, description="strength of the anchor, w")] = 0.05
+    kl_weight: Annotated[float, Field(ge=0, allow_inf_nan=False, description="strength of the anchor, w")] = (
+        0.05
+    )
 
     def wrap(self, model: nn.Module, ctx: Context) -> nn.Module:
         """Return ``model`` beside a frozen copy of itself."""

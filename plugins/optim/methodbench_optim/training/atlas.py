@@ -36,20 +36,31 @@ class ATLAS:
         Literal["block", "scalar"], Field(description="a coefficient per vector and tensor, or per vector")
     ] = "block"
     gamma: Annotated[
-        float, Field(ge=0, description="strength of the penalty on coefficients; 0 for none")
+        float,
+        Field(ge=0, allow_inf_nan=False, description="strength of the penalty on coefficients; 0 for none"),
     ] = 0.0
     p: Annotated[float, Field(ge=1, description="order of the penalty's norm")] = 1.0
-    clip: Annotated[float, Field(gt=0, description="largest norm of the coefficients' gradient")] = 1.0
+    clip: Annotated[
+        float, Field(gt=0, allow_inf_nan=False, description="largest norm of the coefficients' gradient")
+    ] = 1.0
 
     def wrap(self, model: nn.Module, ctx: Context) -> nn.Module:
         """Return the composition of ``model`` with the task vectors that the task supplies.
 
         Raises:
-            NotApplicableError: the task supplies no task vectors.
+            NotApplicableError: the task supplies no task vectors, they do not fit the model, or that has no parameters.
         """
         vectors = ctx.supplies.get("task-vectors")
         if not vectors:
             raise NotApplicableError("the task supplies no task vectors to compose")
+        if next(model.parameters(), None) is None:
+            raise NotApplicableError("the model has no parameters that task vectors could be added to")
+        for index, vector in enumerate(vectors):
+            for name, p in model.named_parameters():
+                if name not in vector or vector[name].shape != p.shape:
+                    raise NotApplicableError(
+                        f"task vector {index} has nothing of the shape of the model's {name}"
+                    )
         return Composition(model, vectors, self.granularity)
 
     def loss(self, model: nn.Module, outputs: Tensor, targets: Tensor, task_loss: Tensor) -> Tensor:

@@ -38,7 +38,9 @@ class GeRe:
     """Replay of general samples with the threshold-based margin loss (paper, section 3)."""
 
     w_strategy: Annotated[Literal["1", "100", "dy"], Field(description="weight of the margin loss")] = "100"
-    k_std: Annotated[float, Field(gt=0, description="half width of the neutral class, in deviations")] = 1.0
+    k_std: Annotated[
+        float, Field(gt=0, allow_inf_nan=False, description="half width of the neutral class, in deviations")
+    ] = 1.0
     replay_per_batch: Annotated[
         int, Field(ge=0, description="general samples beside every batch; 0 for none")
     ] = 8
@@ -50,7 +52,7 @@ class GeRe:
             NotApplicableError: the task supplies no general samples, or the model has no Linear to read them at.
         """
         replay = ctx.supplies.get("replay")
-        if replay is None:
+        if replay is None or not len(replay[0]):
             raise NotApplicableError("the task supplies no general samples to replay")
         inputs, targets = replay
         return Replaying(model, inputs, targets, k_std=self.k_std, seed=ctx.seed)

@@ -38,17 +38,22 @@ class NoProp:
     """Blocks that each learn to remove the noise of one level from a label (paper, algorithm 1)."""
 
     T: Annotated[int, Field(ge=1, le=1000, description="blocks")] = 10
-    eta: Annotated[float, Field(gt=0, description="weight of the distance to the embedded label")] = 0.1
+    eta: Annotated[
+        float, Field(gt=0, allow_inf_nan=False, description="weight of the distance to the embedded label")
+    ] = 0.1
     embedding: Annotated[
         Literal["one-hot", "learned"],
         Field(description="label embeddings: the identity, or orthogonal and learned"),
     ] = "one-hot"
     dimensions: Annotated[int, Field(ge=2, description="of a learned embedding")] = 20
     width: Annotated[int, Field(ge=1, description="hidden units of a block beside the model's copy")] = 64
-    cosine_s: Annotated[float, Field(ge=0, description="offset s of the cosine schedule")] = 0.008
-    clip: Annotated[float, Field(gt=0, lt=0.5, description="distance of the schedule from 0 and from 1")] = (
-        1e-4
-    )
+    cosine_s: Annotated[
+        float, Field(ge=0, allow_inf_nan=False, description="offset s of the cosine schedule")
+    ] = 0.008
+    clip: Annotated[
+        float,
+        Field(gt=0, lt=0.5, description="distance of the schedule from 0 and from 1"),
+    ] = 1e-4
 
     def wrap(self, model: nn.Module, ctx: Context) -> nn.Module:
         """Return T blocks around copies of ``model``, which maps inputs to logits of classes.
@@ -128,11 +133,13 @@ class Blocks(nn.Module):
         self.inputs = x
         return self.head.bias.detach().expand(len(x), -1)
 
-    def noise(self, count: int) -> Tensor:
-        """Return normal noise [count, d]."""
-        shape = (count, self.embedding.shape[1])
+    def noise(self, count: int, generator: torch.Generator | None = None) -> Tensor:
+        """Return normal noise [count, d], by default from the generator of the training."""
         return torch.randn(
-            shape, generator=self.generator, dtype=self.embedding.dtype, device=self.embedding.device
+            (count, self.embedding.shape[1]),
+            generator=generator or self.generator,
+            dtype=self.embedding.dtype,
+            device=self.embedding.device,
         )
 
     def block_loss(self, t: int, targets: Tensor) -> Tensor:
@@ -145,13 +152,21 @@ class Blocks(nn.Module):
         return F.cross_entropy(self.head(z_last), targets) + kl_loss(clean, self.alpha_bar[0]) + distance
 
     def infer(self, x: Any) -> Tensor:
-        """Return the head's logits [B, classes] of the last state; the noise is the same for every call."""
-        self.generator.manual_seed(0)
+        """Return the head's logits [B, classes] of the last state; the noise is the same for every call.
+
+        It comes from a generator of its own: a look at held-out data does not change what is trained on.
+        """
+        generator = torch.Generator(self.embedding.device).manual_seed(0)
         a, b, c = coefficients(self.alpha_bar)
-        z = self.noise(len(x))
+        z = self.noise(len(x), generator)
         for index, block in enumerate(self.blocks):
             z = chain_step(
-                embedded(block(x, z), self.embedding), z, self.noise(len(x)), a[index], b[index], c[index]
+                embedded(block(x, z), self.embedding),
+                z,
+                self.noise(len(x), generator),
+                a[index],
+                b[index],
+                c[index],
             )
         logits: Tensor = self.head(z)
         return logits

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from methodbench.errors import DivergedError, SourceError
 from methodbench.params import hyperparameters
@@ -49,6 +49,9 @@ class Characters:
     heads: Annotated[int, Field(ge=1, le=16, description="heads of a block")] = 4
     qk_norm: Annotated[bool, Field(description="normalize queries and keys per head")] = False
     z_loss: Annotated[float, Field(ge=0, description="weight of the squared log-normalizer")] = 0.0
+    base_fan_in: Annotated[
+        int, Field(ge=0, description="fan-in at which rates are as configured (muParam); 0 for all alike")
+    ] = 0
     context: Annotated[int, Field(ge=2, le=1024, description="characters of a window")] = 64
     steps: Annotated[int, Field(ge=1, description="optimizer steps")] = 300
     batch_size: Annotated[int, Field(ge=1, description="windows of one step")] = 16
@@ -122,7 +125,7 @@ class Characters:
             return windows[:, :-1], windows[:, 1:]
 
         @torch.no_grad()
-        def look() -> tuple[float, float]:
+        def look(module: nn.Module) -> tuple[float, float]:
             logits, targets = module(held[:, :-1]), held[:, 1:]
             right = (logits.argmax(-1) == targets).double().mean()
             return float(token_loss(logits, targets)), float(right)
@@ -134,6 +137,7 @@ class Characters:
             look,
             head=module.head.weight,
             embeddings=[module.embedding.weight],
+            base_fan_in=self.base_fan_in,
         )
         if share is None:
             share = functools.partial(schedule, steps=self.steps, warmup=self.warmup)

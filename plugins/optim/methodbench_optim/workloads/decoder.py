@@ -58,11 +58,12 @@ class Block(nn.Module):
         self.norms = nn.ModuleList([nn.LayerNorm(width, bias=False), nn.LayerNorm(width, bias=False)])
         self.attention = Attention(width, heads, qk_norm)
         self.up = nn.Linear(width, 4 * width, bias=False)
+        self.activation = nn.GELU()
         self.down = nn.Linear(4 * width, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.norms[0](x))
-        y: Tensor = x + self.down(F.gelu(self.up(self.norms[1](x))))
+        y: Tensor = x + self.down(self.activation(self.up(self.norms[1](x))))
         return y
 
 

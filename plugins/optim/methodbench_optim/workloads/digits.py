@@ -133,9 +133,7 @@ class Digits:
             picked = order[step - 1]
             return data.train.images[picked], data.train.labels[picked]
 
-        problem = Problem(
-            module, F.cross_entropy, batch, lambda: data.validation.look(module), head=module[-1].weight
-        )
+        problem = Problem(module, F.cross_entropy, batch, data.validation.look, head=module[-1].weight)
         course = train(
             method,
             problem,

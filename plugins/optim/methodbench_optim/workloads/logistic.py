@@ -66,7 +66,7 @@ class Logistic:
             return x[order[step - 1]], y[order[step - 1]]
 
         @torch.no_grad()
-        def look() -> tuple[float, float]:
+        def look(module: nn.Module) -> tuple[float, float]:
             x, y = data.validation
             logits = module(x)
             return float(F.cross_entropy(logits, y)), float((logits.argmax(-1) == y).double().mean())

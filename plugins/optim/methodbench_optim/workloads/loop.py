@@ -2,6 +2,7 @@
 
 Everything that an optimizer could gain from but does not decide is fixed: the initialization, the batches and the
 schedule (linear warm-up, then half a cosine) are the same for all of them under one seed. Looks are not timed.
+Methods of training hook into the same loop: what they wrap is trained by the optimizer that their task fixes.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from methodbench.protocols import OptimizerMethod
-from methodbench.torchkit.closures import Closure, Evaluations
+from methodbench.protocols import OptimizerMethod, TrainingMethod
+from methodbench.torchkit.closures import Closure, Evaluations, TrainingClosure, training_step
 from methodbench.torchkit.size import state_bytes
 
 if TYPE_CHECKING:
@@ -33,11 +34,13 @@ class Problem:
     """Maps outputs and targets to a scalar."""
     batch: Callable[[int], tuple[Any, Any]]
     """Inputs and targets of a step, from 1."""
-    look: Callable[[], tuple[float, float]]
-    """Loss and accuracy on data that is held out, at the present weights."""
+    look: Callable[[nn.Module], tuple[float, float]]
+    """Loss and accuracy of the module on data that is held out."""
     head: Any = None
     """The last layer's weight, a parameter."""
     embeddings: Collection[Tensor] = ()
+    base_fan_in: int = 0
+    """Where rates are as configured; those of wider layers are lower in proportion (muParam). 0 for all alike."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,17 +99,31 @@ def train(
     steps: int,
     evaluate_every: int,
     share: Callable[[int], float],
+    training: TrainingMethod | None = None,
 ) -> Course:
     """Train ``problem.module`` in place; stop early only where the held-out loss is not finite any more.
 
     Args:
         share: share of the peak rate at a step, from 1; see :func:`schedule`.
+        training: hooks into the loop; ``method`` trains what it wraps, which is the module of the course.
     """
-    module = problem.module
-    optimizer = method.build(param_groups(module, problem.head, problem.embeddings), ctx)
-    peaks = [group.get("lr") for group in optimizer.param_groups]
+    module = problem.module if training is None else training.wrap(problem.module, ctx)
+    groups = param_groups(module, problem.head, problem.embeddings, problem.base_fan_in)
+    scales = [group.pop("rate_scale", 1.0) for group in groups]
+    optimizer = method.build(groups, ctx)
+    peaks = [
+        None if group.get("lr") is None else group["lr"] * scale
+        for group, scale in zip(optimizer.param_groups, scales, strict=True)
+    ]
     params = list(module.parameters())
-    course = Course(module, [Look(0, 0.0, *problem.look())])
+
+    def look() -> tuple[float, float]:
+        module.eval()
+        seen = problem.look(module)
+        module.train()
+        return seen
+
+    course = Course(module, [Look(0, 0.0, *look())])
     seconds = 0.0
     for step in range(1, steps + 1):
         begin = time.perf_counter()
@@ -114,34 +131,52 @@ def train(
             if peak is not None:
                 group["lr"] = peak * share(step)
         inputs, targets = problem.batch(step)
-        closure = Closure(params, module, problem.loss, inputs, targets, course.evaluations)
-        optimizer.step(closure)  # type: ignore[arg-type]  # torch says float, its optimizers take the tensor
+        of_batch = (problem.loss, inputs, targets, course.evaluations)
+        if training is None:
+            closure = Closure(params, module, *of_batch)
+            optimizer.step(closure)  # type: ignore[arg-type]  # torch says float, its optimizers take the tensor
+        else:
+            training_step(optimizer, TrainingClosure(training, module, step - 1, *of_batch))
         seconds += time.perf_counter() - begin
         if step % evaluate_every == 0 or step == steps:
-            course.looks.append(Look(step, seconds, *problem.look()))
+            course.looks.append(Look(step, seconds, *look()))
             if not math.isfinite(course.looks[-1].loss):
                 break
+    module.eval()
     course.state_bytes = state_bytes(optimizer)
     return course
 
 
-def param_groups(module: nn.Module, head: Any, embeddings: Collection[Tensor] = ()) -> list[dict[str, Any]]:
-    """Return the parameters by role.
+def param_groups(
+    module: nn.Module, head: Any, embeddings: Collection[Tensor] = (), base_fan_in: int = 0
+) -> list[dict[str, Any]]:
+    """Return the parameters by role; with ``base_fan_in``, matrices and the head by fan-in as well.
 
     ``head`` is the last layer's weight, ``embedding`` what is looked up, ``matrix`` every other weight of two or more
-    dimensions (kernels of convolutions included), ``vector`` the rest.
+    dimensions (kernels of convolutions included), ``vector`` the rest. What asks for no gradient has no role.
+    ``rate_scale`` is then ``base_fan_in`` over the fan-in, by which muParam multiplies rates (arXiv 2309.14322);
+    embeddings and vectors keep theirs.
     """
     looked_up = {id(p) for p in embeddings}
-    groups: dict[str, list[nn.Parameter]] = {"matrix": [], "vector": [], "embedding": [], "head": []}
+    groups: dict[tuple[str, int], list[nn.Parameter]] = {}
     for p in module.parameters():
+        if not p.requires_grad:
+            continue
         if p is head:
             role = "head"
         elif id(p) in looked_up:
             role = "embedding"
         else:
             role = "matrix" if p.ndim >= 2 else "vector"
-        groups[role].append(p)
-    return [{"params": params, "role": role} for role, params in groups.items() if params]
+        fan_in = p[0].numel() if base_fan_in and role in ("matrix", "head") else 0
+        groups.setdefault((role, fan_in), []).append(p)
+    order = ("matrix", "vector", "embedding", "head")
+    return [
+        {"params": params, "role": role, **({"rate_scale": base_fan_in / fan_in} if fan_in else {})}
+        for (role, fan_in), params in sorted(
+            groups.items(), key=lambda item: (order.index(item[0][0]), item[0][1])
+        )
+    ]
 
 
 def schedule(step: int, steps: int, warmup: float) -> float:

@@ -120,6 +120,7 @@ class NoiseRegimes:
                 "critical_temperature": critical_temperature(self.temperatures, changes),
                 "weight_change_exponent": exponent(self.temperatures, changes),
                 "training_time_exponent": exponent(self.temperatures, times),
+                "mean_training_time": float(np.nanmean(times)),
                 "alpha": self.alpha,
                 "points": self.points,
                 "dtype": "float64",

@@ -50,6 +50,9 @@ class SmallScaleProxies:
     depth: Annotated[int, Field(ge=1, le=16, description="blocks")] = 2
     qk_norm: Annotated[bool, Field(description="normalize queries and keys per head")] = True
     z_loss: Annotated[float, Field(ge=0, description="weight of the squared log-normalizer")] = 1e-4
+    base_fan_in: Annotated[
+        int, Field(ge=0, description="fan-in at which rates are as configured (muParam); 0 for all alike")
+    ] = 0
     steps: Annotated[int, Field(ge=2, description="optimizer steps of one training")] = 100
     batch_size: Annotated[int, Field(ge=1, description="windows of one step")] = 8
     warmup: Annotated[float, Field(ge=0, lt=1, description="share of the steps with a rising rate")] = 0.05
@@ -71,6 +74,7 @@ class SmallScaleProxies:
             depth=self.depth,
             qk_norm=self.qk_norm,
             z_loss=self.z_loss,
+            base_fan_in=self.base_fan_in,
             steps=self.steps,
             batch_size=self.batch_size,
             evaluate_every=self.steps,
@@ -110,6 +114,7 @@ class SmallScaleProxies:
             },
             facts={
                 "rates": list(self.rates),
+                "best_rate": self.rates[int(np.argmin(finals))],
                 "loss_at_initialization": at_start,
                 "diverged_rates": [
                     rate for rate, loss in zip(self.rates, finals, strict=True) if not math.isfinite(loss)

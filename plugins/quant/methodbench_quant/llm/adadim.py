@@ -223,9 +223,8 @@ def gptq_per_input(
     size = rows if group_size == -1 else group_size
     groups_of(weight.T, group_size, name, "output")
     dead = hessian.diagonal() == 0
-    hessian = hessian + torch.diag(dead.to(hessian.dtype))
-    order = torch.argsort(hessian.diagonal(), descending=True)
-    upper, _ = inverse_factor(hessian[order][:, order], percdamp, name)
+    order = torch.argsort(hessian.diagonal().masked_fill(dead, 1.0), descending=True)
+    upper, _ = inverse_factor(hessian[order[:, None], order], percdamp, name, dead=dead[order])
     outer = weight.T[order].contiguous()
     codes = torch.empty_like(outer)
     scales = outer.new_empty(columns, rows // size)

@@ -4,14 +4,11 @@ Hubara et al., "Improving Post Training Neural Quantization: Layer-wise Calibrat
 2020 (arXiv 2006.10518; ICML 2021). Each layer's weight, bias and quantization ranges are moved by gradient
 descent so that its output on a small calibration set stays; weights may go anywhere, not just up or down. An
 integer program spends the bits: one precision per layer, at the least sum of measured loss increases under a
-limit of size. Then only the biases are tuned against the dense model's predictions. With range R, minimum Z
-and b bits::
+limit of size. Then only the biases are tuned against the dense model's predictions.
+The maths is in :mod:`methodbench_quant.learned_ranges`.
 
-    s = R / (2^b - 1);  Z' = -clamp(round(-Z / s), 0, 2^b - 1) s
-    Q(x) = s clamp(round((x - Z') / s), 0, 2^b - 1) + Z'
-    min over W, bias, (R, Z) of W, (R, Z) of x:  || Q(x) Q(W)^T + Q(bias) - x W0^T - bias0 ||^2
-
-The paper's para-normalization needs batch normalization and does not apply to language models.
+Layers of convolutional networks are fitted by the same code (:mod:`methodbench_quant.vit.adaquant`); the paper's
+para-normalization is for those among them that had batch norms.
 """
 
 from __future__ import annotations
@@ -23,25 +20,20 @@ from typing import Annotated, Literal, Self
 import numpy as np
 import torch
 from pydantic import Field, model_validator
-from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from methodbench.context import Context
-from methodbench.errors import DivergedError, NotApplicableError, ParameterError
+from methodbench.errors import NotApplicableError, ParameterError
 from methodbench.params import hyperparameters
-from methodbench.torchkit.activations import StaticQuantizer
 from methodbench.torchkit.model import Calibration, LoadedModel, next_token_loss, set_submodule
 from methodbench.torchkit.packed import materialized
-from methodbench.torchkit.quantizers import Quantized, UniformGrid, round_ste
+from methodbench.torchkit.quantizers import require_finite
 from methodbench.torchkit.sequential import BlockStep, walk
+from methodbench_quant.learned_ranges import Fitted, QuantizedLinear, adaquant, allocate
+from methodbench_quant.llm.calls import require_finite_inputs
 from methodbench_quant.llm.layers import check_calibration, finished, open_copy, replace_linear, weight_of
-
-#: Limits of a range (the authors' constants).
-_LEAST_RANGE, _MOST_RANGE = 1e-6, 1e5
-
-#: Least loss increase of a lower precision in the integer program (the authors' constant).
-_LEAST_INCREASE = 1e-6
+from methodbench_quant.vit.adaquant import quantize_network
 
 
 @hyperparameters
@@ -76,6 +68,12 @@ class AdaQuant:
     loss_tokens: Annotated[
         int, Field(ge=2, description="calibration tokens on which loss increases are measured")
     ] = 512
+    edge_bits: Annotated[
+        int, Field(ge=2, le=8, description="convolutional networks: bits of the first layer and the last")
+    ] = 8
+    bn_passes: Annotated[
+        int, Field(ge=0, le=100, description="convolutional networks: passes of para-normalization; 0: off")
+    ] = 0
     bias_steps: Annotated[int, Field(ge=0, description="steps of bias tuning; 0: off")] = 0
     bias_lr: Annotated[float, Field(gt=0, le=10, description="learning rate of bias tuning")] = 0.1
 
@@ -86,13 +84,15 @@ class AdaQuant:
         return self
 
     def compress(self, model: LoadedModel, data: Calibration, ctx: Context) -> LoadedModel:
-        """Return ``model`` with packed layers, calibrated on ``data`` (token ids).
+        """Return ``model`` with packed layers, calibrated on ``data`` (token ids, or images).
 
         Raises:
             NotApplicableError: no calibration inputs.
             ParameterError: no choice of ``precisions`` meets ``size``.
             DivergedError: weights or calibration activations are not finite.
         """
+        if model.kind == "cnn":
+            return quantize_network(self, model, data, ctx)
         dense, model = open_copy(model), open_copy(model)
         check_calibration(model, data, ctx)
         names = list(model.adapter.targets(model.module))
@@ -158,13 +158,12 @@ class AdaQuant:
         name: str,
         ctx: Context,
     ) -> Fitted:
-        if not bool(torch.isfinite(weight_of(linear)).all()):
-            raise DivergedError(f"{name} holds NaN or infinity and cannot be quantized")
+        require_finite(weight_of(linear), name)
         layer = QuantizedLinear(weight_of(linear), linear.bias, bits, self.a_bits if x is not None else 16)
         if x is None or x_dense is None:
             return Fitted(layer, 0.0, 0.0)
-        if not bool(torch.isfinite(x).all() and torch.isfinite(x_dense).all()):
-            raise DivergedError(f"calibration activations that enter {name} hold NaN or infinity")
+        require_finite_inputs(x, name)
+        require_finite_inputs(x_dense, name)
         layer.measure([x])
         with torch.no_grad():
             target = F.linear(x_dense, layer.weight, layer.bias)
@@ -198,7 +197,6 @@ class AdaQuant:
 
     def _allocate(self, dense: LoadedModel, data: Calibration) -> tuple[dict[str, int], dict[str, object]]:
         """Return the precision of every layer by full name, and facts for the record."""
-        assert self.size is not None
         targets = dense.adapter.targets(dense.module)
         units: dict[str, list[str]] = {}
         for block in dense.adapter.block_names(dense.module):
@@ -213,6 +211,22 @@ class AdaQuant:
             ]
         )
         sizes = [sum(weight_of(targets[name]).numel() for name in names) for names in units.values()]
+        return self.spend(list(units.values()), increases, sizes)
+
+    def spend(
+        self, units: Sequence[Sequence[str]], increases: np.ndarray, sizes: Sequence[int]
+    ) -> tuple[dict[str, int], dict[str, object]]:
+        """Return the precision of every layer by name, as :func:`allocate` chooses, and facts for the record.
+
+        Args:
+            units: names of the layers that change together.
+            increases: [units, precisions].
+            sizes: weights of each unit.
+
+        Raises:
+            ParameterError: no choice of ``precisions`` meets ``size``.
+        """
+        assert self.size is not None
         found = allocate(increases, sizes, self.precisions, self.size)
         if found is None:
             least = min(self.precisions) / 32
@@ -220,7 +234,7 @@ class AdaQuant:
                 f"no choice of precisions {self.precisions} makes the layers {self.size:.3g} of their fp32 size",
                 f"Set size to {least:.3g} or more, or add a lower precision.",
             )
-        bits = {name: p for p, names in zip(found.precisions, units.values(), strict=True) for name in names}
+        bits = {name: p for p, names in zip(found.precisions, units, strict=True) for name in names}
         counts = {str(p): list(bits.values()).count(p) for p in sorted(self.precisions)}
         return bits, {"layers_by_bits": counts, "loss_increase": found.objective, "size": found.size}
 
@@ -230,15 +244,6 @@ class Reference:
     """Inputs of one block's layers in the dense model, [tokens, in] by name."""
 
     inputs: dict[str, Tensor]
-
-
-@dataclass(frozen=True, slots=True)
-class Fitted:
-    """A fitted layer, and its mean squared output error before and after."""
-
-    layer: QuantizedLinear
-    before: float
-    after: float
 
 
 def model_linear(block: nn.Module, name: str) -> nn.Linear:
@@ -251,196 +256,6 @@ def model_linear(block: nn.Module, name: str) -> nn.Linear:
 def flat(parts: Sequence[Tensor]) -> Tensor:
     """Return tensors [..., features] as one, fp32 [tokens, features]."""
     return torch.cat([part.flatten(0, -2).float() for part in parts])
-
-
-class LearnedRange(nn.Module):
-    """A uniform quantizer with a learned range and minimum.
-
-    Parameters ``range`` and ``minimum`` broadcast over what is quantized: [1] for a tensor, [out, 1] for the
-    channels of a weight. The minimum is a value; the grid that it falls on is found at every call.
-    """
-
-    def __init__(self, range: Tensor, minimum: Tensor, bits: int) -> None:
-        super().__init__()
-        self.range = nn.Parameter(range.clone())
-        self.minimum = nn.Parameter(minimum.clone())
-        self.bits = bits
-
-    def grid(self) -> UniformGrid:
-        """Return scale and integer zero point, differentiable by range and minimum."""
-        top = 2**self.bits - 1
-        scale = self.range.clamp(_LEAST_RANGE, _MOST_RANGE) / top
-        return UniformGrid(scale, round_ste(-self.minimum / scale).clamp(0, top), 0, top)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return ``Q(x)`` with straight-through gradients (the authors' ``quantize_with_grad``)."""
-        grid = self.grid()
-        assert grid.zero is not None
-        lowest = -grid.zero * grid.scale
-        return round_ste(((x - lowest) / grid.scale).clamp(0, grid.high)) * grid.scale + lowest
-
-
-class QuantizedLinear(nn.Module):
-    """A Linear with quantized weight, bias and, below 16 bits, input; everything in it can be learned."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, bits: int, a_bits: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(weight.detach().clone())
-        self.bias = None if bias is None else nn.Parameter(bias.detach().float().clone())
-        low, high = weight.amin(1, keepdim=True).clamp(max=0), weight.amax(1, keepdim=True).clamp(min=0)
-        self.weight_range = LearnedRange(_spread(low, high), low, bits)
-        self.input_range: LearnedRange | None = None
-        if a_bits < 16:
-            one = torch.ones(1, device=weight.device)
-            self.input_range = LearnedRange(one, torch.zeros_like(one), a_bits)
-
-    def measure(self, batches: Sequence[Tensor]) -> None:
-        """Set the input range to the mean over samples of their extremes, widened to hold 0.
-
-        Args:
-            batches: inputs [samples, ..., in]; batches count equally.
-        """
-        if self.input_range is None:
-            return
-        lows = torch.stack([x.flatten(1).amin(1).mean().clamp(max=0) for x in batches])
-        highs = torch.stack([x.flatten(1).amax(1).mean().clamp(min=0) for x in batches])
-        spread = torch.stack([_spread(low, high) for low, high in zip(lows, highs, strict=True)]).mean()
-        with torch.no_grad():
-            self.input_range.range.fill_(spread)
-            self.input_range.minimum.fill_(lows.mean())
-
-    def quantized_bias(self) -> Tensor | None:
-        """Return the bias at the bits of weight and input together, by its extremes; None without one."""
-        if self.bias is None:
-            return None
-        bits = self.weight_range.bits + (16 if self.input_range is None else self.input_range.bits)
-        low, high = self.bias.detach().amin().clamp(max=0), self.bias.detach().amax().clamp(min=0)
-        top = 2**bits - 1
-        scale = _spread(low, high) / top
-        exact = ((self.bias.detach() - low) / scale).round().clamp(0, top) * scale + low
-        return self.bias + (exact - self.bias).detach()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return ``Q(x) Q(W)^T + Q(bias)`` for ``x`` [..., in]."""
-        if self.input_range is not None:
-            x = self.input_range(x)
-        return F.linear(x, self.weight_range(self.weight), self.quantized_bias())
-
-    @torch.no_grad()
-    def quantized(self) -> Quantized:
-        """Return codes, scales and zero points of the weight."""
-        grid = self.weight_range.grid()
-        assert grid.zero is not None
-        codes = ((self.weight + grid.zero * grid.scale) / grid.scale).clamp(0, grid.high).round()
-        return Quantized(
-            codes.to(torch.int16), grid.scale.detach(), grid.zero.detach(), 0, self.weight_range.bits
-        )
-
-    @torch.no_grad()
-    def static_input(self) -> StaticQuantizer | None:
-        """Return the quantizer of the inputs with the ranges that were learned; None at 16 bits."""
-        if self.input_range is None:
-            return None
-        grid = self.input_range.grid()
-        assert grid.zero is not None
-        return StaticQuantizer(UniformGrid(grid.scale.detach(), grid.zero.detach(), grid.low, grid.high))
-
-
-def _spread(low: Tensor, high: Tensor) -> Tensor:
-    """Return ``high - low``, and 1 where that is 0."""
-    spread = high - low
-    return spread.masked_fill(spread == 0, 1.0)
-
-
-def adaquant(
-    layer: QuantizedLinear,
-    x: Tensor,
-    target: Tensor,
-    *,
-    iterations: int,
-    batch: int,
-    lr_w: float = 1e-5,
-    lr_b: float = 1e-3,
-    lr_qin: float = 1e-1,
-    lr_qw: float = 1e-3,
-    generator: torch.Generator | None = None,
-) -> Fitted:
-    """Fit ``layer`` in place to outputs of the dense layer (the authors' ``adaquant``); the last step counts.
-
-    Args:
-        x: [samples, in].
-        target: [samples, out].
-        batch: samples per step, drawn anew from a permutation for each.
-    """
-    groups = [
-        {"params": [layer.weight], "lr": lr_w},
-        {"params": list(layer.weight_range.parameters()), "lr": lr_qw},
-    ]
-    if layer.bias is not None:
-        groups.append({"params": [layer.bias], "lr": lr_b})
-    if layer.input_range is not None:
-        groups.append({"params": list(layer.input_range.parameters()), "lr": lr_qin})
-    optimizer = torch.optim.Adam(groups)
-    with torch.no_grad():
-        before = float(F.mse_loss(layer(x), target))
-    for _ in range(iterations):
-        chosen = torch.randperm(len(x), generator=generator)[:batch].to(x.device)
-        loss = F.mse_loss(layer(x[chosen]), target[chosen])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    with torch.no_grad():
-        after = float(F.mse_loss(layer(x), target))
-    return Fitted(layer, before, after)
-
-
-@dataclass(frozen=True, slots=True)
-class Allocation:
-    """A precision per unit, the sum of loss increases, and the size as a share of 32 bits."""
-
-    precisions: tuple[int, ...]
-    objective: float
-    size: float
-
-
-def allocate(
-    increases: np.ndarray, sizes: Sequence[int], precisions: Sequence[int], size: float
-) -> Allocation | None:
-    """Return the precisions of least summed loss increase within a size (the authors' integer program).
-
-    Increases of less than 1e-6 count as that, except for the highest precision, whose own are 0.
-
-    Args:
-        increases: [units, precisions], measured with one unit at that precision and the rest at the highest.
-        sizes: weights of each unit.
-        precisions: bits, in the order of the columns of ``increases``.
-        size: limit of ``sum of weights * bits``, as a share of 32 bits per weight.
-
-    Returns:
-        None where even the lowest precision is too large.
-    """
-    units, choices = increases.shape
-    bits = np.asarray(precisions, dtype=np.float64)
-    cost = np.where(bits == bits.max(), 0.0, np.maximum(increases, _LEAST_INCREASE))
-    weights = np.asarray(sizes, dtype=np.float64)
-    one_each = np.kron(np.eye(units), np.ones((1, choices)))
-    # Sizes as shares of the whole keep the solver's tolerances meaningful.
-    stored = (weights[:, None] * bits[None] / (32 * weights.sum())).reshape(1, -1)
-    solved = milp(
-        cost.reshape(-1),
-        integrality=np.ones(units * choices),
-        bounds=Bounds(0, 1),
-        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(stored, -np.inf, size)],
-        options={"mip_rel_gap": 0.0},
-    )
-    if solved.x is None:
-        return None
-    chosen = solved.x.reshape(units, choices).argmax(1)
-    return Allocation(
-        tuple(int(bits[choice]) for choice in chosen),
-        float(cost[np.arange(units), chosen].sum()),
-        float((weights * bits[chosen]).sum() / (32 * weights.sum())),
-    )
 
 
 def loss_by_precision(

@@ -32,7 +32,15 @@ from methodbench.torchkit.adapters import ScaleGroup
 from methodbench.torchkit.model import Calibration, LoadedModel
 from methodbench.torchkit.quantizers import find_grid, groups_of, quantize
 from methodbench.torchkit.sequential import walk
-from methodbench_quant.llm.calls import Recorder, count, output_of, sample_tokens, squared_error, subset
+from methodbench_quant.llm.calls import (
+    Recorder,
+    count,
+    output_of,
+    require_finite_inputs,
+    sample_tokens,
+    squared_error,
+    subset,
+)
 from methodbench_quant.llm.layers import apply_scale, finished, open_copy, replace_linear, weight_of
 from methodbench_quant.llm.settings import ActivationSettings, Bits, GroupSize, check_group_size
 
@@ -95,8 +103,8 @@ class AWQ(ActivationSettings):
                     apply_scale(step.block, group, search.scale)
                     ratios[f"{step.name}.{group.linears[0]}"] = search.ratio
                 thresholds = self.search_clips(step.block, recorder, searches) if self.clip else {}
-            for name, layer in model.adapter.linears(step.block).items():
-                weight = weight_of(layer)
+            for name in list(model.adapter.linears(step.block)):
+                weight = weight_of(step.block.get_submodule(name))
                 if name in thresholds:
                     weight = clamp_groups(weight, thresholds[name])
                 full_name = f"{step.name}.{name}"
@@ -138,8 +146,7 @@ class AWQ(ActivationSettings):
             for group, search in searches.items():
                 if name in group.linears:
                     x = x / search.scale
-            if not bool(torch.isfinite(x).all()):
-                raise DivergedError(f"calibration activations that enter {name} hold NaN or infinity")
+            require_finite_inputs(x, name)
             steps = int(self.clip_grid * self.max_shrink)
             ratios = [1 - i / self.clip_grid for i in range(steps)]
             found[name] = clip_thresholds(weight_of(layer), x, ratios, self.bits, self.group_size)

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from methodbench.errors import DivergedError
 from methodbench.torchkit.adapters import Adapter, ScaleGroup
+from methodbench.torchkit.quantizers import finite
 from methodbench.torchkit.sequential import Observer
 
 T = TypeVar("T")
@@ -66,7 +67,7 @@ def require_finite_inputs(x: Tensor, owner: str) -> None:
     Raises:
         DivergedError: they hold NaN or infinity; names ``owner``, the layer that reads them.
     """
-    if not bool(torch.isfinite(x).all()):
+    if not finite(x):
         raise DivergedError(f"calibration activations that enter {owner} hold NaN or infinity")
 
 

@@ -26,14 +26,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from methodbench.context import Context
-from methodbench.errors import DivergedError, NotApplicableError
+from methodbench.errors import NotApplicableError
 from methodbench.params import hyperparameters
 from methodbench.torchkit.activations import ActivationQuantizer
 from methodbench.torchkit.adapters import Adapter
 from methodbench.torchkit.attention import transform_operands
 from methodbench.torchkit.model import Calibration, LoadedModel, set_submodule, set_weight
-from methodbench.torchkit.quantizers import Quantized, UniformGrid
+from methodbench.torchkit.quantizers import Quantized, UniformGrid, require_finite
 from methodbench.torchkit.sequential import BlockStep, walk
+from methodbench_quant.llm.calls import require_finite_inputs
 from methodbench_quant.llm.layers import check_calibration, finished, open_copy, replace_linear, weight_of
 
 Merge = Literal["max", "sum1", "sum2_0", "sum2_1", "sum2_2", "sum2_3", "sum3", "all", "all-weights"]
@@ -299,10 +300,8 @@ class EAQuant:
 
     def _replace(self, module: nn.Module, name: str, x: Tensor, transform: Transform, full: str) -> None:
         weight = weight_of(module.get_submodule(name))
-        if not bool(torch.isfinite(weight).all()):
-            raise DivergedError(f"{full} holds NaN or infinity and cannot be quantized")
-        if not bool(torch.isfinite(x).all()):
-            raise DivergedError(f"calibration activations that enter {full} hold NaN or infinity")
+        require_finite(weight, full)
+        require_finite_inputs(x, full)
         quantizer = self._quantizer(self.a_bits)
         turned = transform(x)
         entering = turned if quantizer is None else quantizer(turned)

@@ -21,7 +21,6 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from methodbench.context import Context
-from methodbench.errors import DivergedError
 from methodbench.params import hyperparameters
 from methodbench.torchkit.compensation import Hessian, compensate, inverse_factor, observe_hessians
 from methodbench.torchkit.model import Calibration, LoadedModel
@@ -33,6 +32,7 @@ from methodbench.torchkit.quantizers import (
     find_grid_by_mse,
     groups_of,
     on_grid,
+    require_finite,
 )
 from methodbench.torchkit.sequential import BlockStep, walk
 from methodbench_quant.llm.layers import (
@@ -98,8 +98,9 @@ class GPTQ(ActivationSettings):
                 with ctx.phase("hessians"):
                     hessians = observe_hessians(step, names)
                 with ctx.phase("rounding"):
-                    for shared, hessian in hessians:
-                        self._quantize(step, shared, hessian, report)
+                    # A wide layer's Hessian is larger than its weight: each goes with its layers.
+                    while hessians:
+                        self._quantize(step, *hessians.pop(0), report)
         report.tell(ctx)
         return finished(model, {"loss": report.loss, **self.quantize_activations(model)})
 
@@ -107,7 +108,7 @@ class GPTQ(ActivationSettings):
         """Quantize the Linears that share one input as one matrix: their rows do not depend on each other."""
         weights = [weight_of(step.block.get_submodule(name)) for name in names]
         rounded = gptq(
-            torch.cat(weights),
+            torch.cat(weights) if len(weights) > 1 else weights[0],
             hessian.matrix,
             bits=self.bits,
             group_size=self.group_size,
@@ -194,29 +195,27 @@ def gptq(
         return find_grid(columns_of_group, bits, convention, symmetric=symmetric)
 
     grouped = groups_of(weight, group_size, name)
-    if not bool(torch.isfinite(weight).all()):
-        raise DivergedError(f"{name} holds NaN or infinity and cannot be quantized")
-    diagonal = hessian.diagonal()
-    dead = diagonal == 0
+    require_finite(weight, name)
+    dead = hessian.diagonal() == 0
     if bool(dead.all()):
         return Rounded(on_grid(grouped, grid_of(grouped), bits, name), None, 0.0, percdamp)
 
     fixed: list[UniformGrid] = []
     if group_size == -1:
         fixed = [grid_of(weight).columnwise()]
-    weight = weight.masked_fill(dead, 0.0)
-    hessian = hessian + torch.diag(dead.to(hessian.dtype))
+    if bool(dead.any()):
+        weight = weight.masked_fill(dead, 0.0)
     if static_groups:
         fixed = [grid_of(weight[:, start : start + size]).columnwise() for start in range(0, columns, size)]
     order = torch.arange(columns, device=weight.device)
     if act_order:
-        order = torch.argsort(hessian.diagonal(), descending=True)
-        weight, hessian = weight[:, order], hessian[order][:, order]
-    upper, damping = inverse_factor(hessian, percdamp, name)
+        order = torch.argsort(hessian.diagonal().masked_fill(dead, 1.0), descending=True)
+        weight, hessian, dead = weight[:, order], hessian[order[:, None], order], dead[order]
+    upper, damping = inverse_factor(hessian, percdamp, name, dead=dead)
 
     # One column of the weight is one contiguous row here, and every step works on whole columns.
     outer = weight.T.contiguous()
-    codes = torch.empty_like(outer)
+    codes = torch.empty_like(outer, dtype=torch.int16)
     groups_of_columns = (order // size).tolist()
     found: list[UniformGrid] = []
 
@@ -227,8 +226,9 @@ def gptq(
             if j % size == 0:
                 found.append(grid_of(outer[j : j + size].T).columnwise())
             levels = found[-1]
-        codes[j] = levels.encode(ahead[0])
-        return levels.decode(codes[j])
+        code = levels.encode(ahead[0])
+        codes[j] = code
+        return levels.decode(code)
 
     loss = compensate(outer, upper, blocksize, rounded)
     grids = fixed or found
@@ -237,7 +237,7 @@ def gptq(
     if perm is not None and fixed:
         by_column, perm = by_column[:, torch.argsort(perm)], None
     quantized = Quantized(
-        by_column.to(torch.int16).contiguous(),
+        by_column.contiguous(),
         torch.stack([g.scale for g in grids], 1),
         None if grids[0].zero is None else torch.stack([g.zero for g in grids if g.zero is not None], 1),
         grids[0].low,

@@ -111,10 +111,10 @@ class LLMFP4:
         head_inputs = inputs_of_head(model, data) if ends else []
         recorder = Recorder(model.adapter, lambda _: set())
         for step in walk(model, data, propagate="dense", observe=recorder.watch):
-            for name, layer in model.adapter.linears(step.block).items():
-                unseen = [torch.eye(weight_of(layer).shape[1], device=weight_of(layer).device)]
-                full_name = f"{step.name}.{name}"
-                grids[full_name] = replace(step.block, name, full_name, recorder.inputs.get(name) or unseen)
+            for name in list(model.adapter.linears(step.block)):
+                weight, full_name = weight_of(step.block.get_submodule(name)), f"{step.name}.{name}"
+                inputs = recorder.inputs.get(name) or [torch.eye(weight.shape[1], device=weight.device)]
+                grids[full_name] = replace(step.block, name, full_name, inputs)
         quantize_inputs(model, lambda name: StaticQuantizer(grids[name]))
         if head_inputs:
             name = model.adapter.head_name

@@ -28,13 +28,13 @@ from scipy.optimize import minimize
 from torch import Tensor
 
 from methodbench.context import Context
-from methodbench.errors import DivergedError
 from methodbench.params import hyperparameters
 from methodbench.torchkit.compensation import observe_hessians
 from methodbench.torchkit.model import Calibration, LoadedModel
 from methodbench.torchkit.power_map import PowerGrid, PowerQuantized, find_power_grid, on_power_grid
-from methodbench.torchkit.quantizers import Quantized
+from methodbench.torchkit.quantizers import Quantized, require_finite
 from methodbench.torchkit.sequential import walk
+from methodbench_quant.llm.calls import require_finite_inputs
 from methodbench_quant.llm.layers import finished, open_copy, replace_linear, weight_of
 
 #: Exponents that the searches look at, and the step of the grid search.
@@ -100,8 +100,7 @@ class NUPES:
     def _exponents(self, weights: Mapping[str, Tensor]) -> dict[str, float]:
         """Return the exponent of every layer."""
         for name, weight in weights.items():
-            if not bool(torch.isfinite(weight.sum(dtype=torch.float64))):
-                raise DivergedError(f"{name} holds NaN or infinity and cannot be quantized")
+            require_finite(weight, name)
         if self.exponent is not None:
             return dict.fromkeys(weights, self.exponent)
         search = search_grid if self.search == "grid" else lambda loss: search_simplex(loss, self.start)
@@ -217,8 +216,7 @@ def learn(
     Raises:
         DivergedError: ``hessian`` is not finite; names ``name``.
     """
-    if not bool(torch.isfinite(hessian).all()):
-        raise DivergedError(f"calibration activations that enter {name} hold NaN or infinity")
+    require_finite_inputs(hessian, name)
     top = 2 ** (grid.bits - 1) - 1
     gram = hessian / hessian.diagonal().mean().clamp(min=torch.finfo(hessian.dtype).tiny)
     v = (weight.abs().pow(grid.exponent).copysign(weight) / grid.scale).requires_grad_()

@@ -301,8 +301,8 @@ class OSTQuant:
                 **grid,
             )
             return gptq.compress(model, data, ctx)
-        for name, layer in model.adapter.targets(model.module).items():
-            grouped = groups_of(weight_of(layer), self.w_group_size, name)
+        for name in list(model.adapter.targets(model.module)):
+            grouped = groups_of(weight_of(model.module.get_submodule(name)), self.w_group_size, name)
             found = weight_grid(grouped, self.w_bits, search=self.w_clip)
             replace_linear(model.module, name, on_grid(grouped, found, self.w_bits, name))
         return finished(model, {})

@@ -77,8 +77,9 @@ class RTN(ActivationSettings):
             DivergedError: a weight holds NaN or infinity.
         """
         model = open_copy(model)
-        for name, layer in model.adapter.targets(model.module).items():
-            replace_linear(model.module, name, self.quantize(weight_of(layer), name))
+        for name in list(model.adapter.targets(model.module)):
+            weight = weight_of(model.module.get_submodule(name))
+            replace_linear(model.module, name, self.quantize(weight, name))
         return finished(model, self.quantize_activations(model))
 
     def quantize(self, weight: Tensor, name: str = "the weight") -> Quantized:

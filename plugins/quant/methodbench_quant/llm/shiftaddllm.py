@@ -29,12 +29,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from methodbench.context import Context
-from methodbench.errors import DivergedError, NotApplicableError
+from methodbench.errors import NotApplicableError
 from methodbench.params import hyperparameters
 from methodbench.torchkit.adapters import Adapter
 from methodbench.torchkit.binary_coded import BinaryCoded, rotations_of
 from methodbench.torchkit.compensation import inverse_factor, observe_hessians
 from methodbench.torchkit.model import Calibration, LoadedModel
+from methodbench.torchkit.quantizers import require_finite
 from methodbench.torchkit.sequential import walk
 from methodbench_quant.llm.layers import check_calibration, finished, open_copy, replace_linear, weight_of
 
@@ -175,7 +176,8 @@ class ShiftAddLLM:
         scores: dict[str, float] = {}
         for step in walk(model, data, propagate="dense"):
             for names, hessian in observe_hessians(step, model.adapter.linears(step.block)):
-                upper = damped_factor(hessian.matrix, self.percdamp, f"{step.name}.{names[0]}")
+                dead = hessian.matrix.diagonal() == 0
+                upper, _ = inverse_factor(hessian.matrix, self.percdamp, f"{step.name}.{names[0]}", dead=dead)
                 for name in names:
                     weight = weight_of(step.block.get_submodule(name))
                     scores[f"{step.name}.{name}"] = sensitivity(weight, upper.diagonal())
@@ -366,12 +368,6 @@ def project(weight: Tensor, hessian: Tensor, seed: int) -> tuple[Tensor, Tensor]
     return left.rotate(right.rotate(weight).T).T, (hessian + hessian.T) / 2
 
 
-def damped_factor(hessian: Tensor, percdamp: float, name: str) -> Tensor:
-    """Return the upper factor ``U`` with ``H^-1 = U^T U``, H damped, inputs that are always zero replaced."""
-    dead = hessian.diagonal() == 0
-    return inverse_factor(hessian + torch.diag(dead.to(hessian.dtype)), percdamp, name)[0]
-
-
 def shift_add(
     weights: Sequence[Tensor],
     hessians: Sequence[Tensor],
@@ -403,17 +399,15 @@ def shift_add(
     columns, span = weights[0].shape[1], tile or 1
     orders, uppers, ready = [], [], []
     for weight, hessian, name in zip(weights, hessians, names, strict=True):
-        if not bool(torch.isfinite(weight).all()):
-            raise DivergedError(f"{name} holds NaN or infinity and cannot be quantized")
+        require_finite(weight, name)
         dead = hessian.diagonal() == 0
-        hessian = hessian + torch.diag(dead.to(hessian.dtype))
         seen = not bool(dead.all())
-        keys = hessian.diagonal().view(-1, span).sum(1)
+        keys = hessian.diagonal().masked_fill(dead, 1.0).view(-1, span).sum(1)
         blocks = torch.argsort(keys, descending=True)
         order = (blocks[:, None] * span + torch.arange(span, device=weight.device)).flatten()
         orders.append(order)
         ready.append((weight.masked_fill(dead, 0.0) if seen else weight)[:, order])
-        uppers.append(inverse_factor(hessian[order][:, order], percdamp, name)[0])
+        uppers.append(inverse_factor(hessian[order[:, None], order], percdamp, name, dead=dead[order])[0])
     upper = torch.stack(uppers)
     pivots = upper.diagonal(dim1=1, dim2=2)
 

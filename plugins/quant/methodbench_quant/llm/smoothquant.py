@@ -12,6 +12,7 @@ Weights and activations are then rounded symmetrically (the convention ``absmax`
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Literal
 
 import torch
@@ -73,13 +74,13 @@ class SmoothQuant(ActivationSettings):
         smoothed = 0
         ranges = ChannelRanges(model.adapter)
         for step in walk(model, data, propagate="dense", observe=ranges.watch):
-            linears = model.adapter.linears(step.block)
+            linears = list(model.adapter.linears(step.block))
             for group in norm_groups(model, step.block) if self.smooth else []:
                 readers = [name for name in group.linears if name in ranges.highest]
                 if not readers:
                     continue
                 absmax = ranges.of(readers[0], f"{step.name}.{readers[0]}")
-                weights = [weight_of(step.block.get_submodule(name)) for name in group.linears]
+                weights = (weight_of(step.block.get_submodule(name)) for name in group.linears)
                 scale = smoothing_scale(absmax, weights, self.alpha)
                 apply_scale(step.block, group, scale)
                 smoothed += 1
@@ -89,9 +90,8 @@ class SmoothQuant(ActivationSettings):
                 full_name = f"{step.name}.{name}"
                 if name in ranges.highest:
                     peaks[full_name] = float(ranges.of(name, full_name).max())
-                weight = weight_of(step.block.get_submodule(name))
                 quantized = quantize(
-                    weight,
+                    weight_of(step.block.get_submodule(name)),
                     self.bits,
                     convention="absmax",
                     symmetric=True,
@@ -110,14 +110,16 @@ class SmoothQuant(ActivationSettings):
         return finished(model, {"alpha": self.alpha, "smoothed": smoothed, **facts})
 
 
-def smoothing_scale(absmax: Tensor, weights: list[Tensor], alpha: float) -> Tensor:
+def smoothing_scale(absmax: Tensor, weights: Iterable[Tensor], alpha: float) -> Tensor:
     """Return ``s`` [in] (equation 4 of the paper).
 
     Args:
         absmax: fp32 [in], the largest magnitude of every input channel.
         weights: fp32 [out, in] each, of all layers that read the channels.
     """
-    columns = torch.stack([weight.abs().amax(0) for weight in weights]).amax(0).clamp(min=_LEAST)
+    extremes = (weight.aminmax(dim=0) for weight in weights)
+    largest = [torch.maximum(high, low.neg()) for low, high in extremes]
+    columns = torch.stack(largest).amax(0).clamp(min=_LEAST)
     return (absmax.pow(alpha) / columns.pow(1 - alpha)).clamp(min=_LEAST)
 
 

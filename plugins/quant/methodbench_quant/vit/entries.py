@@ -110,6 +110,96 @@ METHODS: list[Method] = [
         extra="quant",
     ),
     Method(
+        name="repquant",
+        kind="compressor",
+        stage="quantize",
+        family="quant",
+        impl="methodbench_quant.vit.repquant:RepQuant",
+        summary="RepQ-ViT with both bounds of every channel learned, and weights that answer for rounded inputs.",
+        applies_to=("vit",),
+        paper=Paper(
+            title=(
+                "RepQuant: Towards Accurate Post-Training Quantization of Large Transformer Models "
+                "via Scale Reparameterization"
+            ),
+            arxiv="2402.05628",
+            year=2024,
+        ),
+        needs=("calibration",),
+        presets={
+            **_bits(6, 4, 3),
+            **{f"clip-only-{name}": preset for name, preset in _bits(4, 3, recon="none").items()},
+            **{f"recon-only-{name}": preset for name, preset in _bits(4, 3, clip_steps=0).items()},
+            **{f"adaround-{name}": preset for name, preset in _bits(4, 3, recon="adaround").items()},
+        },
+        claims="repquant.toml",
+        fidelity="partial",
+        properties=("deterministic", "no-input-mutation", "batch-split-invariant"),
+        check_params={"clip_steps": 20},
+        extra="quant",
+    ),
+    Method(
+        name="dopq-vit",
+        kind="compressor",
+        stage="quantize",
+        family="quant",
+        impl="methodbench_quant.vit.dopq_vit:DopQViT",
+        summary="Attention on a tangent grid that is fine at both ends, and shared scales that are medians.",
+        applies_to=("vit",),
+        paper=Paper(
+            title=(
+                "DopQ-ViT: Towards Distribution-Friendly and Outlier-Aware Post-Training Quantization "
+                "for Vision Transformers"
+            ),
+            arxiv="2408.03291",
+            year=2024,
+        ),
+        needs=("calibration",),
+        presets={
+            **_bits(6, 4, 3),
+            **{f"mean-{name}": preset for name, preset in _bits(4, 3, shared="mean").items()},
+            **{
+                f"learned-{name}": {**preset, "calibration_images": 1024}
+                for name, preset in _bits(4, 3, iterations=1000).items()
+            },
+        },
+        claims="dopq-vit.toml",
+        fidelity="partial",
+        properties=("deterministic", "no-input-mutation", "batch-split-invariant"),
+        extra="quant",
+    ),
+    Method(
+        name="lrp-qvit",
+        kind="compressor",
+        stage="quantize",
+        family="quant",
+        impl="methodbench_quant.vit.lrp_qvit:LRPQViT",
+        summary="Bits of layers by the relevance that reaches them from the predicted class, and clipped channels.",
+        applies_to=("vit",),
+        paper=Paper(
+            title="LRP-QViT: Mixed-Precision Vision Transformer Quantization via Layer-wise Relevance Propagation",
+            arxiv="2401.11243",
+            year=2024,
+            authors="Navin Ranjan and Andreas Savakis",
+        ),
+        needs=("calibration",),
+        presets={
+            "mp6": {"target_bits": 6, "product_bits": 6},
+            "mp4": {"target_bits": 4},
+            "fixed-mp4": {"target_bits": 4, "candidates": [4]},
+            "mp3": {"target_bits": 3, "candidates": [2, 3, 4, 5, 6]},
+            "fixed-mp3": {"target_bits": 3, "candidates": [3]},
+            "inverted-mp3": {"target_bits": 3, "candidates": [2, 3, 4, 5, 6], "scores": "inverted"},
+            "mp2.5": {"target_bits": 2.5, "candidates": [2, 3, 4, 5, 6]},
+            "inverted-mp2.5": {"target_bits": 2.5, "candidates": [2, 3, 4, 5, 6], "scores": "inverted"},
+            "unclipped-mp4": {"target_bits": 4, "kappa": float("inf")},
+        },
+        claims="lrp-qvit.toml",
+        fidelity="partial",
+        properties=("deterministic", "no-input-mutation", "batch-split-invariant"),
+        extra="quant",
+    ),
+    Method(
         name="noisyquant",
         kind="compressor",
         stage="quantize",

@@ -28,12 +28,18 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from methodbench.context import Context
-from methodbench.errors import DivergedError, NotApplicableError
+from methodbench.errors import DivergedError
 from methodbench.params import hyperparameters
-from methodbench.torchkit.model import Calibration, LoadedModel, set_weight
+from methodbench.torchkit.model import Calibration, LoadedModel
 from methodbench.torchkit.quantizers import Quantized, UniformGrid, round_ste
 from methodbench.torchkit.reconstruction import Fit, fit
-from methodbench_quant.vit.repq_vit import reparameterize, search_uniform
+from methodbench_quant.vit.repq_vit import (
+    Shared,
+    encoded,
+    fold_channels,
+    require_foldable,
+    search_uniform,
+)
 from methodbench_quant.vit.sites import Draft, Site, Uniform, calibration_images
 from methodbench_quant.vit.units import Unit, captured, units
 
@@ -72,35 +78,81 @@ class ISViT:
         """
         images = calibration_images(data, self.calibration_images, ctx)
         draft = Draft(model, self._quantize_weight, self._fit_activation, rounded=False)
-        if len(draft.normed) < 2 * len(model.adapter.blocks(model.module)):
-            raise NotApplicableError(
-                f"{model.name} has a block without two LayerNorms that one Linear each reads"
-            )
-        generator = torch.Generator().manual_seed(ctx.seed)
+        require_foldable(draft)
         with ctx.phase("calibration"):
             draft.calibrate(images[:_FIRST])
-            order = units(draft.model, draft.layers, "block", images[:1])
+        stages = Stages(self.iterations, self.lr, self.batch, self.w_bits, self._grid)
+        facts = stages.learn(draft, model, images, ctx)
+        return draft.finish({"activations": f"{self.a_bits} bits, simulated", **facts})
+
+    def _grid(self, weight: Tensor, name: str) -> UniformGrid:
+        return search_uniform(weight, self.w_bits, self.w_percentiles, f"a row of the weight of {name}")
+
+    def _quantize_weight(self, weight: Tensor, name: str) -> Quantized:
+        return encoded(weight, self._grid(weight, name), self.w_bits)
+
+    def _fit_activation(self, x: Tensor, site: Site) -> nn.Module:
+        name = str(site)
+        if site.kind == "image":
+            return nn.Identity()
+        if site.kind == "softmax":
+            return ShiftUniformLog2.searched(x, self.a_bits, name)
+        grouped = x.flatten(0, -2).T if site.kind == "normed" else x.flatten()
+        grid = search_uniform(grouped, self.a_bits, self.percentiles, name)
+        return Uniform(grid.scale.squeeze(-1), cast(Tensor, grid.zero).squeeze(-1), self.a_bits)
+
+
+@dataclass(frozen=True, slots=True)
+class Stages:
+    """The three stages of learning (SOS): grids per channel, folding, weights through their quantizer.
+
+    Attributes:
+        iterations: steps per block and stage; 0 leaves only folding and rounding.
+        lr: of Adam.
+        batch: images per step.
+        bits: of weights.
+        grid: the grid of every row of a weight [rows, n], given the layer's name.
+        shared: what :func:`~methodbench_quant.vit.repq_vit.fold_channels` takes.
+    """
+
+    iterations: int
+    lr: float
+    batch: int
+    bits: int
+    grid: Callable[[Tensor, str], UniformGrid]
+    shared: Shared = "mean"
+
+    def learn(self, draft: Draft, dense: LoadedModel, images: Tensor, ctx: Context) -> dict[str, float]:
+        """Go through the stages, in place, and return the losses at their beginnings and ends.
+
+        Args:
+            draft: calibrated with weights in floating point.
+            images: [B, C, H, W] to learn from.
+
+        Raises:
+            DivergedError: a weight without a finite scale, or a loss that is not finite.
+        """
+        generator = torch.Generator().manual_seed(ctx.seed)
+        order = units(draft.model, draft.layers, "block", images[:1])
         with ctx.phase("per channel"):
-            first = [self._learn(draft, model, unit, images, generator, None) for unit in order]
+            first = [self._learn(draft, dense, unit, images, generator, None) for unit in order]
         with ctx.phase("reparameterization"):
-            self._fold(draft)
+            fold_channels(draft, draft.model, draft.set_float, shared=self.shared)
         weights = {name: _weight(draft, name) for name in draft.layers}
-        grids = {name: self._grid(weight, name) for name, weight in weights.items()}
+        grids = {name: self.grid(weight, name) for name, weight in weights.items()}
         floats = {name: weight.clone() for name, weight in weights.items()}
         for name, weight in weights.items():
-            draft.put(name, _encode(weight, grids[name], self.w_bits))
+            draft.put(name, encoded(weight, grids[name], self.bits))
         with ctx.phase("per tensor"):
-            last = [
-                self._learn(draft, model, unit, images, generator, Rounding(floats, grids, self.w_bits))
-                for unit in order
-            ]
-        facts: dict[str, object] = {"activations": f"{self.a_bits} bits, simulated"}
+            rounding = Rounding(floats, grids, self.bits)
+            last = [self._learn(draft, dense, unit, images, generator, rounding) for unit in order]
+        facts: dict[str, float] = {}
         for stage, fits in (("per_channel", first), ("per_tensor", last)):
             known = [found for found in fits if found is not None]
             if known:
                 facts[f"loss_{stage}_first"] = sum(found.first for found in known)
                 facts[f"loss_{stage}_last"] = sum(found.last for found in known)
-        return draft.finish(facts)
+        return facts
 
     def _learn(
         self,
@@ -156,41 +208,10 @@ class ISViT:
         for layer, weight in learned.weights.items():
             name, bias = unit.full(layer), learned.biases.get(layer)
             if rounding:
-                draft.put(name, _encode(weight, rounding.grids[name], rounding.bits), bias)
+                draft.put(name, encoded(weight, rounding.grids[name], rounding.bits), bias)
                 continue
-            set_weight(layers[layer], weight.view_as(cast(Tensor, layers[layer].weight)))
-            if bias is not None:
-                layers[layer].bias = nn.Parameter(bias, requires_grad=False)
+            draft.set_float(name, weight, bias)
         return learned.fit
-
-    def _fold(self, draft: Draft) -> None:
-        """Make per-channel scales one per tensor, in place."""
-        for name, norm_name in draft.normed.items():
-            linear = cast(nn.Linear, draft.model.module.get_submodule(name))
-            norm = cast(nn.LayerNorm, draft.model.module.get_submodule(norm_name))
-            channels = cast(Uniform, linear.get_submodule("input_quantizer"))
-            folded = reparameterize(norm, linear, channels.scale, channels.zero)
-            norm.weight = nn.Parameter(folded.gamma.to(norm.weight), requires_grad=False)
-            norm.bias = nn.Parameter(folded.beta.to(norm.weight), requires_grad=False)
-            linear.input_quantizer = Uniform(folded.scale, folded.zero, self.a_bits)
-            set_weight(linear, folded.weight)
-            linear.bias = nn.Parameter(folded.bias.to(linear.weight), requires_grad=False)
-
-    def _grid(self, weight: Tensor, name: str) -> UniformGrid:
-        return search_uniform(weight, self.w_bits, self.w_percentiles, f"a row of the weight of {name}")
-
-    def _quantize_weight(self, weight: Tensor, name: str) -> Quantized:
-        return _encode(weight, self._grid(weight, name), self.w_bits)
-
-    def _fit_activation(self, x: Tensor, site: Site) -> nn.Module:
-        name = str(site)
-        if site.kind == "image":
-            return nn.Identity()
-        if site.kind == "softmax":
-            return ShiftUniformLog2.searched(x, self.a_bits, name)
-        grouped = x.flatten(0, -2).T if site.kind == "normed" else x.flatten()
-        grid = search_uniform(grouped, self.a_bits, self.percentiles, name)
-        return Uniform(grid.scale.squeeze(-1), cast(Tensor, grid.zero).squeeze(-1), self.a_bits)
 
 
 class ShiftUniformLog2(nn.Module):
@@ -333,7 +354,3 @@ def squared_distance(out: Tensor, target: Tensor) -> Tensor:
 def _weight(draft: Draft, name: str) -> Tensor:
     weight = cast(Tensor, draft.model.module.get_submodule(name).weight)
     return weight.detach().float().flatten(1)
-
-
-def _encode(weight: Tensor, grid: UniformGrid, bits: int) -> Quantized:
-    return Quantized(grid.encode(weight).to(torch.int16), grid.scale, grid.zero, 0, bits)

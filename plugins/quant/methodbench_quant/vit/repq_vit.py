@@ -22,7 +22,7 @@ embedding has 8 bits, and after the reparameterization only the weights that it 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal, Self, cast
 
@@ -38,13 +38,16 @@ from methodbench.torchkit.model import Calibration, LoadedModel
 from methodbench.torchkit.quantizers import Quantized, UniformGrid
 from methodbench_quant.vit.sites import Draft, Site, Uniform, calibration_images
 
+#: How the scale and the zero point of a tensor come from those of its channels.
+Shared = Literal["mean", "median"]
+
 #: Values above which sorting in float32 no longer gives exact ranks; percentiles are then found in float64.
 _EXACT_RANKS = 2**24
 
 
 @hyperparameters
-class RepQViT:
-    """Quantizes weights and activations of every Linear, convolution and attention product."""
+class PercentileSettings:
+    """What RepQ-ViT and the methods built on its quantizers let a user choose."""
 
     w_bits: Annotated[int, Field(ge=2, le=8, description="weight bits; packed at 2, 3, 4 and 8")] = 4
     a_bits: Annotated[int, Field(ge=2, le=8, description="activation bits, simulated")] = 4
@@ -53,12 +56,6 @@ class RepQViT:
         tuple[float, ...],
         Field(min_length=1, description="upper ends of the ranges that are tried, in order"),
     ] = (0.999, 0.9999, 0.99999)
-    reparameterize: Annotated[
-        bool, Field(description="search LayerNorm outputs per channel, then fold; false: per tensor")
-    ] = True
-    softmax: Annotated[
-        Literal["log-sqrt2", "uniform"], Field(description="levels of the attention probabilities")
-    ] = "log-sqrt2"
     round_zero: Annotated[
         bool, Field(description="round the shared zero point to an integer, as integer arithmetic needs")
     ] = False
@@ -69,6 +66,31 @@ class RepQViT:
         if not all(0.5 < p <= 1 for p in self.percentiles):
             raise ValueError("percentiles are shares above 0.5 and up to 1, such as 0.999")
         return self
+
+    def quantize_weight(self, weight: Tensor, name: str) -> Quantized:
+        """Return ``weight`` [rows, n] on the best percentile grid of every row."""
+        grid = search_uniform(weight, self.w_bits, self.percentiles, f"a row of the weight of {name}")
+        return encoded(weight, grid, self.w_bits)
+
+    def fit_uniform(self, x: Tensor, site: Site, *, per_channel: bool) -> Uniform:
+        """Return the best percentile grid of ``x`` [..., C], or of every channel of it."""
+        bits = self.image_bits if site.kind == "image" else self.a_bits
+        grid = search_uniform(
+            x.flatten(0, -2).T if per_channel else x.flatten(), bits, self.percentiles, str(site)
+        )
+        return Uniform(grid.scale.squeeze(-1), cast(Tensor, grid.zero).squeeze(-1), bits)
+
+
+@hyperparameters
+class RepQViT(PercentileSettings):
+    """Quantizes weights and activations of every Linear, convolution and attention product."""
+
+    reparameterize: Annotated[
+        bool, Field(description="search LayerNorm outputs per channel, then fold; false: per tensor")
+    ] = True
+    softmax: Annotated[
+        Literal["log-sqrt2", "uniform"], Field(description="levels of the attention probabilities")
+    ] = "log-sqrt2"
 
     def compress(self, model: LoadedModel, data: Calibration, ctx: Context) -> LoadedModel:
         """Return ``model`` quantized, its weights packed where their width allows.
@@ -81,48 +103,70 @@ class RepQViT:
             draft = self.calibrate(model, data, ctx)
         if self.reparameterize:
             with ctx.phase("reparameterization"):
-                self.fold(draft, model)
+                fold_channels(draft, model, draft.requantize, round_zero=self.round_zero)
         return draft.finish({"activations": f"{self.a_bits} bits, simulated"})
 
     def calibrate(self, model: LoadedModel, data: Calibration, ctx: Context) -> Draft:
         """Return ``model`` with rounded weights and every activation's scale, not reparameterized yet."""
         images = calibration_images(data, self.calibration_images, ctx)
-        draft = Draft(model, self._quantize_weight, self._fit_activation)
-        if self.reparameterize and len(draft.normed) < 2 * len(model.adapter.blocks(model.module)):
-            raise NotApplicableError(
-                f"{model.name} has a block without two LayerNorms that one Linear each reads",
-                "Set reparameterize to false to quantize it per tensor.",
-            )
+        draft = Draft(model, self.quantize_weight, self._fit_activation)
+        if self.reparameterize:
+            require_foldable(draft, "Set reparameterize to false to quantize it per tensor.")
         draft.calibrate(images)
         return draft
 
-    def fold(self, draft: Draft, dense: LoadedModel) -> None:
-        """Make per-channel scales one per tensor, in place, and quantize the weights that change again."""
-        for name, norm_name in draft.normed.items():
-            linear = cast(nn.Linear, dense.module.get_submodule(name))
-            layer = draft.model.module.get_submodule(name)
-            norm = cast(nn.LayerNorm, draft.model.module.get_submodule(norm_name))
-            channels = cast(Uniform, layer.input_quantizer)
-            folded = reparameterize(norm, linear, channels.scale, channels.zero, round_zero=self.round_zero)
-            norm.weight = nn.Parameter(folded.gamma.to(norm.weight), requires_grad=False)
-            norm.bias = nn.Parameter(folded.beta.to(norm.weight), requires_grad=False)
-            layer.input_quantizer = Uniform(folded.scale, folded.zero, self.a_bits)
-            draft.requantize(name, folded.weight, folded.bias)
-
-    def _quantize_weight(self, weight: Tensor, name: str) -> Quantized:
-        grid = search_uniform(weight, self.w_bits, self.percentiles, f"a row of the weight of {name}")
-        return Quantized(grid.encode(weight).to(torch.int16), grid.scale, grid.zero, 0, self.w_bits)
-
     def _fit_activation(self, x: Tensor, site: Site) -> nn.Module:
-        kind, name = site.kind, str(site)
-        if kind == "softmax" and self.softmax == "log-sqrt2":
-            return LogSqrt2(search_log_sqrt2(x, self.a_bits, self.percentiles, name), self.a_bits)
-        bits = self.image_bits if kind == "image" else self.a_bits
-        per_channel = kind == "normed" and self.reparameterize
-        grid = search_uniform(
-            x.flatten(0, -2).T if per_channel else x.flatten(), bits, self.percentiles, name
+        if site.kind == "softmax" and self.softmax == "log-sqrt2":
+            return LogSqrt2.searched(x, self.a_bits, self.percentiles, str(site))
+        return self.fit_uniform(x, site, per_channel=site.kind == "normed" and self.reparameterize)
+
+
+def require_foldable(draft: Draft, hint: str = "") -> None:
+    """Check that every block has two LayerNorms that one Linear each reads.
+
+    Raises:
+        NotApplicableError: one has not.
+    """
+    if len(draft.normed) < 2 * len(draft.model.adapter.blocks(draft.model.module)):
+        raise NotApplicableError(
+            f"{draft.model.name} has a block without two LayerNorms that one Linear each reads", hint
         )
-        return Uniform(grid.scale.squeeze(-1), cast(Tensor, grid.zero).squeeze(-1), bits)
+
+
+def fold_channels(
+    draft: Draft,
+    source: LoadedModel,
+    put: Callable[[str, Tensor, Tensor], None],
+    *,
+    shared: Shared = "mean",
+    round_zero: bool = False,
+) -> None:
+    """Make scales and zero points of channels one per tensor, in place, by :func:`reparameterize`.
+
+    Args:
+        draft: calibrated, with one grid per channel behind every LayerNorm.
+        source: holds the weights and LayerNorms to rescale.
+        put: stores the weight [out, C] and the bias [out] of the layer of a name.
+        shared: how the scale and zero point of the tensor come from those of the channels.
+        round_zero: round the shared zero point to an integer.
+    """
+    for name, norm_name in draft.normed.items():
+        linear = cast(nn.Linear, source.module.get_submodule(name))
+        layer = draft.model.module.get_submodule(name)
+        norm = cast(nn.LayerNorm, draft.model.module.get_submodule(norm_name))
+        channels = cast(Uniform, layer.input_quantizer)
+        folded = reparameterize(
+            norm, linear, channels.scale, channels.zero, shared=shared, round_zero=round_zero
+        )
+        norm.weight = nn.Parameter(folded.gamma.to(norm.weight), requires_grad=False)
+        norm.bias = nn.Parameter(folded.beta.to(norm.weight), requires_grad=False)
+        layer.input_quantizer = Uniform(folded.scale, folded.zero, channels.bits)
+        put(name, folded.weight, folded.bias)
+
+
+def encoded(weight: Tensor, grid: UniformGrid, bits: int) -> Quantized:
+    """Return ``weight`` [rows, n] on a grid of codes from 0 to ``2^bits - 1``."""
+    return Quantized(grid.encode(weight).to(torch.int16), grid.scale, grid.zero, 0, bits)
 
 
 class LogSqrt2(nn.Module):
@@ -134,6 +178,11 @@ class LogSqrt2(nn.Module):
         super().__init__()
         self.register_buffer("scale", scale)
         self.bits = bits
+
+    @classmethod
+    def searched(cls, x: Tensor, bits: int, percentiles: Sequence[float], name: str) -> LogSqrt2:
+        """Return the quantizer with the scale of :func:`search_log_sqrt2`."""
+        return cls(search_log_sqrt2(x, bits, percentiles, name), bits)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x`` [...] on the levels, in its dtype."""
@@ -165,7 +214,13 @@ class Folded:
 
 
 def reparameterize(
-    norm: nn.LayerNorm, linear: nn.Linear, scale: Tensor, zero: Tensor, *, round_zero: bool = False
+    norm: nn.LayerNorm,
+    linear: nn.Linear,
+    scale: Tensor,
+    zero: Tensor,
+    *,
+    shared: Shared = "mean",
+    round_zero: bool = False,
 ) -> Folded:
     """Fold the scales of channels into a LayerNorm and the Linear behind it.
 
@@ -177,9 +232,11 @@ def reparameterize(
         linear: [out, C]; without a bias, one of zeros is assumed.
         scale: float32 [C], above 0.
         zero: float32 [C].
+        shared: ``s~`` and ``z~`` are the mean of the channels', as in the paper, or their (lower) median.
         round_zero: round ``zero~`` to an integer.
     """
-    shared_scale, shared_zero = scale.mean(), zero.mean()
+    centre = torch.mean if shared == "mean" else torch.median
+    shared_scale, shared_zero = centre(scale), centre(zero)
     if round_zero:
         shared_zero = shared_zero.round()
     ratio = scale / shared_scale
@@ -196,7 +253,28 @@ def reparameterize(
 def search_uniform(
     x: Tensor, bits: int, percentiles: Sequence[float], name: str = "the tensor"
 ) -> UniformGrid:
-    """Return the grid of every group of ``x`` whose clipped range has the least mean squared error.
+    """Return the grid of every group of ``x`` on the range of :func:`search_range`.
+
+    Returns:
+        ``scale`` float32 [..., 1] and a ``zero`` of integer values, which may lie outside of the levels.
+
+    Raises:
+        DivergedError: a group is constant between its percentiles, or not finite.
+    """
+    return range_grid(*search_range(x, bits, percentiles, name), bits)
+
+
+def range_grid(low: Tensor, high: Tensor, bits: int) -> UniformGrid:
+    """Return the grid of ``2^bits`` levels from ``low`` to ``high``; the zero point is an integer."""
+    top = 2**bits - 1
+    scale = (high - low) / top
+    return UniformGrid(scale, (-low / scale).round(), 0, top)
+
+
+def search_range(
+    x: Tensor, bits: int, percentiles: Sequence[float], name: str = "the tensor"
+) -> tuple[Tensor, Tensor]:
+    """Return both ends of the clipped range of least mean squared error for every group of ``x``.
 
     For each ``p``, in order, the range runs from the quantile ``1 - p`` to the quantile ``p`` (linear
     interpolation) and need not include 0; a later one wins only where it is strictly better.
@@ -208,25 +286,22 @@ def search_uniform(
         name: for the error message.
 
     Returns:
-        ``scale`` float32 [..., 1] and a ``zero`` of integer values, which may lie outside of the levels.
+        float32 [..., 1] each.
 
     Raises:
         DivergedError: a group is constant between its percentiles, or not finite.
     """
-    ends = _quantiles(x, [*percentiles, *(1.0 - p for p in percentiles)]).unsqueeze(-1)
-    top = 2**bits - 1
-    scale = zero = torch.zeros_like(ends[0])
-    least = torch.full_like(scale, torch.inf)
+    ends = quantiles(x, [*percentiles, *(1.0 - p for p in percentiles)]).unsqueeze(-1)
+    best_low = best_high = torch.zeros_like(ends[0])
+    least = torch.full_like(best_low, torch.inf)
     for high, low in zip(*ends.split(len(percentiles)), strict=True):
-        tried = (high - low) / top
-        grid = UniformGrid(tried, (-low / tried).round(), 0, top)
-        error = grid.snap(x).sub_(x).square_().mean(-1, keepdim=True)
+        error = range_grid(low, high, bits).snap(x).sub_(x).square_().mean(-1, keepdim=True)
         better = error < least
         least = torch.where(better, error, least)
-        scale = torch.where(better, grid.scale, scale)
-        zero = torch.where(better, cast(Tensor, grid.zero), zero)
+        best_low = torch.where(better, low, best_low)
+        best_high = torch.where(better, high, best_high)
     _check_found(least, name)
-    return UniformGrid(scale, zero, 0, top)
+    return best_low, best_high
 
 
 def search_log_sqrt2(x: Tensor, bits: int, percentiles: Sequence[float], name: str = "the tensor") -> Tensor:
@@ -240,7 +315,7 @@ def search_log_sqrt2(x: Tensor, bits: int, percentiles: Sequence[float], name: s
         DivergedError: every candidate is 0, or ``x`` is not finite.
     """
     scale = least = torch.tensor(torch.inf, device=x.device)
-    for tried in _quantiles(x.flatten(), list(percentiles)):
+    for tried in quantiles(x.flatten(), list(percentiles)):
         error = (log_sqrt2(x, tried, bits) - x).square_().mean()
         scale, least = torch.where(error < least, tried, scale), torch.fmin(error, least)
     _check_found(least, name)
@@ -264,7 +339,7 @@ def log_sqrt2(x: Tensor, scale: Tensor, bits: int) -> Tensor:
     return value.masked_fill(exponent >= 2**bits, 0.0)
 
 
-def _quantiles(x: Tensor, shares: list[float]) -> Tensor:
+def quantiles(x: Tensor, shares: list[float]) -> Tensor:
     """Return the quantiles [shares, ...] of ``x`` [..., n] along its last axis."""
     if x.shape[-1] <= _EXACT_RANKS:
         return torch.quantile(x, torch.tensor(shares, dtype=x.dtype, device=x.device), dim=-1)

@@ -115,8 +115,11 @@ class SimulatedConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the output for ``x`` [B, C, H, W]."""
-        x = self.input_quantizer(x)
-        return super().forward(_padded_same(x, self) if self.same else x)
+        return self.convolved(self.input_quantizer(x), self.weight, self.bias)
+
+    def convolved(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return what the layer makes of ``x`` [B, C, H, W], as it is, with the given weight and bias."""
+        return self._conv_forward(_padded_same(x, self) if self.same else x, weight, bias)
 
 
 class PackedConv2d(nn.Module):
@@ -167,7 +170,7 @@ class Draft:
 
     Attributes:
         model: a clone of the dense model; its module is changed in place.
-        normed: name of each Linear that alone reads a block's LayerNorm -> name of that LayerNorm.
+        normed: name of each Linear that alone reads a LayerNorm, in a block or between stages -> name of the norm.
         layers: names of the layers that are quantized.
         sites: what stands in front of each quantizer, by the quantizer's dotted name.
         weights: the quantized weight of every layer by name; kernels of convolutions are flattened to rows.
@@ -270,10 +273,13 @@ class Draft:
 
     def put(self, name: str, quantized: Quantized, bias: Tensor | None = None) -> None:
         """Put a quantized weight, and a ``bias`` [rows] where given, into the layer called ``name``."""
-        layer = self.model.module.get_submodule(name)
         self.weights[name] = quantized
-        rounded = quantized.dequantize()
-        set_weight(layer, rounded.view_as(cast(Tensor, layer.weight)))
+        self.set_float(name, quantized.dequantize(), bias)
+
+    def set_float(self, name: str, weight: Tensor, bias: Tensor | None = None) -> None:
+        """Put a weight [rows, n], and a ``bias`` [rows] where given, as they are into the layer called ``name``."""
+        layer = self.model.module.get_submodule(name)
+        set_weight(layer, weight.view_as(cast(Tensor, layer.weight)))
         if bias is not None:
             layer.bias = nn.Parameter(bias.to(cast(Tensor, layer.weight)), requires_grad=False)
 
@@ -384,12 +390,13 @@ def _normed_layers(model: LoadedModel) -> dict[str, str]:
         for group in adapter.scale_groups(block):
             if isinstance(block.get_submodule(group.previous), nn.LayerNorm) and len(group.linears) == 1:
                 found[f"{block_name}.{group.linears[0]}"] = f"{block_name}.{group.previous}"
+    found |= {linear: norm for norm, linear in adapter.merging_norms}
     return found
 
 
 @contextmanager
 def _reading_their_norms(module: nn.Module, normed: dict[str, str]) -> Iterator[None]:
-    """Check, as the layers run, that each Linear of ``normed`` gets the very output of its LayerNorm."""
+    """Check, as the layers run, that each Linear of ``normed`` gets the tokens that its LayerNorm returned."""
     outputs: dict[str, Tensor] = {}
 
     def remember(norm: str) -> Callable[..., None]:
@@ -400,8 +407,11 @@ def _reading_their_norms(module: nn.Module, normed: dict[str, str]) -> Iterator[
 
     def compare(layer: str, norm: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            if args[0] is not outputs.get(norm):
-                raise NotApplicableError(f"{layer} does not read the output of {norm}: no pre-norm block")
+            written = outputs.get(norm)
+            if written is None or not (args[0] is written or _same_tokens(args[0], written)):
+                raise NotApplicableError(
+                    f"{layer} does not read the output of {norm}: no pre-norm block, or padded windows"
+                )
 
         return hook
 
@@ -411,3 +421,11 @@ def _reading_their_norms(module: nn.Module, normed: dict[str, str]) -> Iterator[
             hooks.callback(writer.register_forward_hook(remember(norm)).remove)
             hooks.callback(reader.register_forward_pre_hook(compare(layer, norm)).remove)
         yield
+
+
+def _same_tokens(x: Tensor, y: Tensor) -> bool:
+    """Return whether ``x`` [..., C] and ``y`` [..., C] hold the same values per channel, in whatever order: windows
+    are cut out of a picture of tokens without a change, unless they are padded."""
+    if x.numel() != y.numel() or x.shape[-1] != y.shape[-1]:
+        return False
+    return torch.equal(x.flatten(0, -2).sort(0).values, y.flatten(0, -2).sort(0).values)

@@ -129,6 +129,16 @@ def imagenet_classes() -> tuple[str, ...]:
 _CIFAR10 = "file:{data}/cifar10"
 _IMAGENET_SAMPLES = "file:{data}/imagenet_samples/val1000.parquet"
 
+
+def imagenet_samples() -> LabelledImages:
+    """Return all 1,000 pictures of the ImageNet sample, one per class, in class order.
+
+    Raises:
+        SourceError: the file is absent or damaged.
+    """
+    return read_parquet(_IMAGENET_SAMPLES)
+
+
 #: Image sets by name.
 IMAGE_SETS: Mapping[str, ImageSet] = {
     "digits": ImageSet(

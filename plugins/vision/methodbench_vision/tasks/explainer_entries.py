@@ -4,6 +4,14 @@ from __future__ import annotations
 
 from methodbench.entries import Metric, Task
 
+_CONFIDENCE = (
+    Metric(name="insertion-auc", direction="higher", title="insertion AUC", primary=True),
+    Metric(name="deletion-auc", direction="lower", title="deletion AUC"),
+    Metric(name="average-drop", direction="lower"),
+    Metric(name="average-gain", direction="higher"),
+    Metric(name="increase", direction="higher", title="increase in confidence"),
+)
+
 TASKS: list[Task] = [
     Task(
         name="insertion-deletion",
@@ -11,17 +19,38 @@ TASKS: list[Task] = [
         impl="methodbench_vision.tasks.faithfulness:InsertionDeletion",
         summary="How the model's confidence rises and falls as pixels are shown or hidden in the map's "
         "order, on photographs that scikit-image and scikit-learn ship.",
-        metrics=(
-            Metric(name="insertion-auc", direction="higher", title="insertion AUC", primary=True),
-            Metric(name="deletion-auc", direction="lower", title="deletion AUC"),
-            Metric(name="average-drop", direction="lower"),
-            Metric(name="average-gain", direction="higher"),
-            Metric(name="increase", direction="higher", title="increase in confidence"),
-        ),
+        metrics=_CONFIDENCE,
         protocol=1,
         accepts=("cnn", "vit"),
         data="builtin:scikit-image/photographs",
         extra="vision",
+    ),
+    *(
+        Task(
+            name=f"{data}-faithfulness",
+            kinds=("explainer",),
+            impl="methodbench_vision.tasks.pictures:PictureFaithfulness",
+            summary=f"Insertion, deletion, changes of confidence, ROAD and sparseness on {what}; no masks are known.",
+            metrics=(
+                *_CONFIDENCE,
+                Metric(name="road", direction="higher", title="ROAD (LeRF - MoRF) / 2"),
+                Metric(name="sparseness", direction="higher", title="sparseness (Gini)"),
+            ),
+            protocol=1,
+            accepts=("cnn", "vit"),
+            data=source,
+            options={"data": data, **options},
+            extra="vision",
+        )
+        for data, what, source, options in (
+            ("cifar10", "1,000 test images of CIFAR-10", "file:{data}/cifar10/test.parquet", {}),
+            (
+                "imagenet-samples",
+                "1,000 pictures of ImageNet classes, ROAD on 100 of them",
+                "file:{data}/imagenet_samples/val1000.parquet",
+                {"road_images": 100},
+            ),
+        )
     ),
     Task(
         name="pointing-game",

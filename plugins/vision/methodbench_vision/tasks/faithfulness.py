@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from methodbench.context import Context
 from methodbench.errors import NotApplicableError
@@ -32,8 +32,8 @@ from methodbench_vision.tasks.maps import on_device, preprocess_of, shown, timed
 Confidence = Callable[[Tensor], Tensor]
 
 
-#: Pictures of one forward pass of perturbation curves, as many as the caches like.
-_PICTURES = 32
+#: Pictures of one forward pass of perturbation curves: as many as a processor's caches like, or as fill a GPU.
+_PICTURES, _PICTURES_OF_A_GPU = 32, 1024
 
 
 @hyperparameters
@@ -73,14 +73,16 @@ class InsertionDeletion:
         pictures = [picture.rgb for picture in sample_pictures()]
         crops = square_crops(pictures, self.crops, self.smallest_crop, self.crop_seed)
         x = to_inputs(crops, dataclasses.replace(preprocess, crop=1.0))
-        batches, maps, seconds = [], [], 0.0
-        for part in x.split(self.batch_size):
-            batch, drawn, spent = self._batch(method, model, on_device(part, ctx))
-            batches.append(batch)
-            maps.append(drawn.float().cpu())
-            seconds += spent
-        insertion, deletion, whole, masked = (torch.cat(values) for values in zip(*batches, strict=True))
-        change = confidence_change(whole, masked)
+        scorer = folded(model.module, on_device(x[:1], ctx))
+        done = [
+            perturbed(method, model, scorer, on_device(part, ctx), self.steps)
+            for part in x.split(self.batch_size)
+        ]
+        maps = torch.cat([batch.maps for batch in done]).float().cpu()
+        insertion = torch.cat([batch.insertion for batch in done])
+        deletion = torch.cat([batch.deletion for batch in done])
+        whole = insertion[:, -1]
+        change = confidence_change(whole, torch.cat([batch.masked for batch in done]))
         return Evaluation(
             scores={
                 "insertion-auc": Scores(area(insertion).numpy()),
@@ -101,27 +103,47 @@ class InsertionDeletion:
             # The first crop of each picture is the picture itself.
             pictures=shown(
                 denormalized(x, preprocess)[:: self.crops],
-                torch.cat(maps)[:: self.crops],
+                maps[:: self.crops],
                 [picture.name for picture in sample_pictures()],
             ),
-            throughput=(len(crops) / seconds, "maps/s"),
+            throughput=(len(crops) / sum(batch.seconds for batch in done), "maps/s"),
         )
 
-    def _batch(
-        self, method: Explainer, model: LoadedModel, x: Tensor
-    ) -> tuple[tuple[Tensor, ...], Tensor, float]:
-        """Return both curves [B, steps + 1], the confidence before and after masking [B]; maps; seconds."""
-        with torch.no_grad():
-            target = model.module(x).argmax(1)
-        maps, seconds = timed_maps(method, model, x, target)
-        maps = maps.to(x)
-        confidence = class_confidence(folded(model.module, x[:1]), target)
-        curves = [
-            perturbation_curve(confidence, x, maps, self.steps, insertion=insertion)
-            for insertion in (True, False)
-        ]
-        masked = confidence(x * maps[:, None])
-        return (*curves, curves[0][:, -1], masked), maps, seconds
+
+class Perturbed(NamedTuple):
+    """What a batch of pictures came to when it was perturbed in the order of its maps."""
+
+    maps: Tensor
+    """[B, H, W]."""
+    insertion: Tensor
+    """float64 [B, steps + 1]."""
+    deletion: Tensor
+    """float64 [B, steps + 1]."""
+    masked: Tensor
+    """Confidence in the pictures multiplied by their maps, float64 [B]."""
+    target: Tensor
+    """int64 [B]: the classes that were explained."""
+    seconds: float
+    """What explaining took."""
+
+
+def perturbed(method: Explainer, model: LoadedModel, scorer: nn.Module, x: Tensor, steps: int) -> Perturbed:
+    """Explain images [B, C, H, W] for the class that the model itself ranks first, and perturb them.
+
+    Args:
+        method: what explains.
+        model: what is explained.
+        scorer: the same function, for scoring; see :func:`folded`.
+        x: normalized images [B, C, H, W].
+        steps: see :func:`perturbation_curve`.
+    """
+    with torch.no_grad():
+        target = model.module(x).argmax(1)
+    maps, seconds = timed_maps(method, model, x, target)
+    maps = maps.to(x)
+    confidence = class_confidence(scorer, target)
+    curves = perturbation_curves(confidence, x, maps, steps)
+    return Perturbed(maps, *curves, confidence(x * maps[:, None]), target, seconds)
 
 
 class ConfidenceChange(NamedTuple):
@@ -150,6 +172,17 @@ def class_confidence(module: Callable[[Tensor], Tensor], target: Tensor) -> Conf
     return confidence
 
 
+def perturbation_curves(confidence: Confidence, x: Tensor, maps: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    """Return the curves of insertion and of deletion, each float64 [B, steps + 1]; see :func:`perturbation_curve`.
+
+    The whole picture and the empty one, at which both curves end, are scored once.
+    """
+    empty, whole = confidence(torch.zeros_like(x))[None], confidence(x)[None]
+    shown = _between(confidence, x, maps, steps, insertion=True)
+    hidden = _between(confidence, x, maps, steps, insertion=False)
+    return torch.cat([empty, *shown, whole]).T, torch.cat([whole, *hidden, empty]).T
+
+
 def perturbation_curve(
     confidence: Confidence, x: Tensor, maps: Tensor, steps: int, *, insertion: bool
 ) -> Tensor:
@@ -162,16 +195,24 @@ def perturbation_curve(
         steps: the counts of pixels are ``steps + 1`` points from none to all, rounded down.
         insertion: start from an empty picture instead of the whole one.
     """
+    ends = [confidence(torch.zeros_like(x))[None], confidence(x)[None]]
+    first, last = ends if insertion else ends[::-1]
+    return torch.cat([first, *_between(confidence, x, maps, steps, insertion=insertion), last]).T
+
+
+def _between(
+    confidence: Confidence, x: Tensor, maps: Tensor, steps: int, *, insertion: bool
+) -> Iterator[Tensor]:
+    """Confidences [some steps, B] of pictures with some of their pixels, neither none nor all, in order."""
     order = maps.flatten(1).argsort(dim=1, descending=True, stable=True)
     rank = order.argsort(dim=1).view_as(maps)
-    counts = np.linspace(0, maps[0].numel(), steps + 1).astype(int)
-    curve = []
+    counts = torch.from_numpy(np.linspace(0, maps[0].numel(), steps + 1).astype(int)[1:-1]).to(x.device)
     # Several steps in one pass, where there are few images: small batches leave the processor waiting.
-    for some in torch.from_numpy(counts).to(x.device).split(max(1, _PICTURES // len(x))):
-        bar = some[:, None, None, None]
-        seen = rank < bar if insertion else rank >= bar
-        curve.append(confidence(torch.where(seen[:, :, None], x, 0).flatten(0, 1)).view(len(some), len(x)))
-    return torch.cat(curve).T
+    at_once = max(1, (_PICTURES_OF_A_GPU if x.is_cuda else _PICTURES) // len(x))
+    for start in range(0, len(counts), at_once):
+        some = counts[start : start + at_once, None, None, None]
+        seen = rank < some if insertion else rank >= some
+        yield confidence(torch.where(seen[:, :, None], x, 0).flatten(0, 1)).view(len(some), len(x))
 
 
 def area(curve: Tensor) -> Tensor:

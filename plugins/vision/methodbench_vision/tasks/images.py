@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 from PIL import Image
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -28,8 +29,18 @@ STRIPE_ANGLES = np.deg2rad([0.0, 90.0, 45.0, -45.0])
 STRIPE_FREQUENCY = 1.8
 OCTAVES = (4, 8, 16, 32)
 BODY = np.array([0.62, 0.48, 0.36], dtype=np.float32)
+#: Mean brightness of the background.
+_MEAN = 0.42
 _RAIL_ROWS = slice(50, 56)
 _SPLITS = {"train": 0, "test": 1}
+
+
+#: Settings of tasks on procedural pictures; see :func:`procedural_images`.
+Texture = Annotated[float, Field(ge=0, le=4, description="contrast of the background; 0 leaves it even")]
+Difficulty = Annotated[
+    float,
+    Field(ge=0, le=1, description="share of the contrast that objects and their stripes lose; 1 leaves none"),
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +82,8 @@ def procedural_images(
     split: Literal["train", "test"] = "test",
     rail_probability: float = 0.0,
     head_from: float = 0.45,
+    texture: float = 1.0,
+    difficulty: float = 0.0,
 ) -> ProceduralImages:
     """Draw ``n`` procedural images of 64 x 64 pixels; the classes take turns.
 
@@ -83,13 +96,16 @@ def procedural_images(
         rail_probability: how often class 0 stands over a bright rail; each other class does so with a share
             of ``(1 - rail_probability) / 3``. Zero means never, in any class.
         head_from: where the head begins along the ellipse's long axis, as a share of it in (-1, 1).
+        texture: contrast of the background; 0 leaves it even.
+        difficulty: share in [0, 1] by which the object takes on the background's mean colour and the stripes of its
+            head lose their contrast; at 1 nothing tells the classes apart. Truth and places stay as they are.
     """
-    drawn = [_draw(split, seed, index, rail_probability, head_from) for index in range(n)]
+    drawn = [_draw(split, seed, index, rail_probability, head_from, difficulty) for index in range(n)]
     if not drawn:
         raise ValueError("n must be 1 or more")
     objects = np.stack([image.object for image in drawn])
     return ProceduralImages(
-        images=_render(drawn),
+        images=_render(drawn, texture, difficulty),
         labels=torch.arange(n) % len(SHAPES_CLASSES),
         objects=torch.from_numpy(objects),
         heads=torch.from_numpy(np.stack([image.head for image in drawn])),
@@ -114,7 +130,9 @@ class _Drawing:
     """float32 [3, 64, 64]."""
 
 
-def _draw(split: str, seed: int, index: int, rail_probability: float, head_from: float) -> _Drawing:
+def _draw(
+    split: str, seed: int, index: int, rail_probability: float, head_from: float, difficulty: float
+) -> _Drawing:
     random = np.random.default_rng((_SPLITS[split], seed, index))
     label = index % len(SHAPES_CLASSES)
     y, x = np.mgrid[:SHAPES_SIZE, :SHAPES_SIZE].astype(np.float64)
@@ -135,8 +153,7 @@ def _draw(split: str, seed: int, index: int, rail_probability: float, head_from:
     angle = STRIPE_ANGLES[label]
     phase = random.uniform(0, 2 * np.pi)
     stripes = np.sin(STRIPE_FREQUENCY * (x * np.cos(angle) + y * np.sin(angle)) + phase) > 0
-    texture = 0.06 * np.sin(0.9 * along) * np.sin(0.9 * across)
-    surface = np.where(head, np.where(stripes, 1.4, 0.6), 1.0 + texture).astype(np.float32)
+    surface = object_surface(head, stripes, along, across, difficulty)
     return _Drawing(
         object=ellipse,
         head=head,
@@ -147,10 +164,32 @@ def _draw(split: str, seed: int, index: int, rail_probability: float, head_from:
     )
 
 
-def _render(drawn: Sequence[_Drawing]) -> Tensor:
+def object_surface(
+    head: np.ndarray, stripes: np.ndarray, along: np.ndarray, across: np.ndarray, difficulty: float
+) -> np.ndarray:
+    """Return the brightness of an object's pixels, float32 [H, W]: stripes on its head, weak ripples elsewhere.
+
+    Args:
+        head: bool [H, W].
+        stripes: bool [H, W]: where a stripe is bright.
+        along: place along the long axis, in pixels [H, W].
+        across: place along the short axis.
+        difficulty: share of the stripes' contrast that is lost.
+    """
+    contrast = 0.4 * (1 - difficulty)
+    ripples = 0.06 * np.sin(0.9 * along) * np.sin(0.9 * across)
+    return np.where(head, np.where(stripes, 1 + contrast, 1 - contrast), 1.0 + ripples).astype(np.float32)
+
+
+def object_colour(difficulty: float) -> np.ndarray:
+    """Return the colour of objects, float32 [3]; see ``difficulty`` of :func:`procedural_images`."""
+    return ((1 - difficulty) * BODY + difficulty * _MEAN).astype(np.float32)
+
+
+def _render(drawn: Sequence[_Drawing], texture: float, difficulty: float) -> Tensor:
     """Return float32 [n, 3, 64, 64] in [0, 1]: background, rail, object, noise, in this order."""
     size = (SHAPES_SIZE, SHAPES_SIZE)
-    images = background([image.grids for image in drawn])
+    images = background([image.grids for image in drawn], texture=texture)
 
     rows = torch.zeros(size, dtype=torch.bool)
     rows[_RAIL_ROWS.start : _RAIL_ROWS.start + 2] = True
@@ -160,23 +199,26 @@ def _render(drawn: Sequence[_Drawing]) -> Tensor:
 
     surface = torch.from_numpy(np.stack([image.surface for image in drawn]))
     objects = torch.from_numpy(np.stack([image.object for image in drawn]))
-    body = torch.from_numpy(BODY)[None, :, None, None] * surface[:, None]
+    body = torch.from_numpy(object_colour(difficulty))[None, :, None, None] * surface[:, None]
     images = torch.where(objects[:, None], body, images)
     return (images + torch.from_numpy(np.stack([image.noise for image in drawn]))).clamp(0, 1)
 
 
-def background(grids: Sequence[Sequence[np.ndarray]], size: tuple[int, int] = (64, 64)) -> Tensor:
-    """Return noise of several octaves around 0.42, float32 [n, C, *size].
+def background(
+    grids: Sequence[Sequence[np.ndarray]], size: tuple[int, int] = (64, 64), texture: float = 1.0
+) -> Tensor:
+    """Return noise of several octaves around a mean grey, float32 [n, C, *size].
 
     Args:
         grids: per image, one grid float32 [C, side, side] for each of :data:`OCTAVES`.
         size: height and width.
+        texture: contrast; 0 leaves the mean grey alone.
     """
     noise = torch.zeros(len(grids), len(grids[0][0]), *size)
     for octave, side in enumerate(OCTAVES):
         grid = torch.from_numpy(np.stack([image[octave] for image in grids]))
         noise += F.interpolate(grid, size, mode="bicubic", align_corners=False) / side**0.5
-    return 0.42 + 0.12 * noise
+    return _MEAN + 0.12 * texture * noise
 
 
 def _box(mask: np.ndarray) -> np.ndarray:

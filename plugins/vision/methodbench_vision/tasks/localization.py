@@ -18,7 +18,14 @@ from methodbench.errors import NotApplicableError
 from methodbench.params import hyperparameters
 from methodbench.protocols import Evaluation, Explainer, Scores
 from methodbench.torchkit.model import LoadedModel
-from methodbench_vision.tasks.images import SHAPES_CLASSES, SHAPES_SIZE, normalize, procedural_images
+from methodbench_vision.tasks.images import (
+    SHAPES_CLASSES,
+    SHAPES_SIZE,
+    Difficulty,
+    Texture,
+    normalize,
+    procedural_images,
+)
 from methodbench_vision.tasks.maps import on_device, preprocess_of, shown, timed_maps
 
 #: What a loader writes into ``facts["data"]`` of a model that was trained on the procedural images.
@@ -35,6 +42,8 @@ class PointingGame:
 
     images: Annotated[int, Field(ge=1, le=100_000, description="test images")] = 300
     image_seed: Annotated[int, Field(ge=0, description="seed of the image set")] = 0
+    texture: Texture = 1.0
+    difficulty: Difficulty = 0.0
     batch_size: Annotated[int, Field(ge=1, le=1024, description="images per forward pass")] = 50
 
     def evaluate(self, method: Explainer, model: LoadedModel | None, ctx: Context) -> Evaluation:
@@ -45,7 +54,13 @@ class PointingGame:
         """
         model = fitted(model)
         preprocess = preprocess_of(model)
-        data = procedural_images(self.image_seed, self.images, split="test")
+        data = procedural_images(
+            self.image_seed,
+            self.images,
+            split="test",
+            texture=self.texture,
+            difficulty=self.difficulty,
+        )
         inputs = normalize(data.images, preprocess)
         maps, correct, seconds = [], 0, 0.0
         for start in range(0, self.images, self.batch_size):

@@ -23,7 +23,7 @@ from methodbench.params import hyperparameters
 from methodbench.protocols import Evaluation, Scores, Segmenter
 from methodbench.torchkit.model import LoadedModel
 from methodbench_vision.models.shapes_cnn import PREPROCESS
-from methodbench_vision.tasks.images import normalize
+from methodbench_vision.tasks.images import Texture, normalize
 from methodbench_vision.tasks.maps import shown
 from methodbench_vision.tasks.scenes import nuclei
 
@@ -38,6 +38,10 @@ class NucleiInstances:
     jitter: Annotated[float, Field(ge=0, le=10, description="spread of points around centres, in pixels")] = (
         1.5
     )
+    stain: Annotated[
+        float, Field(ge=0, le=1, description="spread of the nuclei's colour towards that of the tissue")
+    ] = 0.65
+    texture: Texture = 1.0
 
     def evaluate(self, method: Segmenter, model: LoadedModel | None, ctx: Context) -> Evaluation:
         """Train the method and compare its instances with the true ones.
@@ -46,8 +50,9 @@ class NucleiInstances:
             NotApplicableError: the method learns from other labels.
             MethodbenchError: what it predicts are no masks as large as the pictures.
         """
-        seen = nuclei(self.image_seed, self.train_images, split="train", jitter=self.jitter)
-        data = nuclei(self.image_seed, self.images, split="test", jitter=self.jitter)
+        drawn = {"jitter": self.jitter, "stain": self.stain, "texture": self.texture}
+        seen = nuclei(self.image_seed, self.train_images, split="train", **drawn)
+        data = nuclei(self.image_seed, self.images, split="test", **drawn)
         with ctx.phase("fit"):
             predictor = method.fit(
                 {"images": normalize(seen.images, PREPROCESS), "points": list(seen.points)}, ctx

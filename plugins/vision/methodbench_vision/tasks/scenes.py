@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from methodbench_vision.tasks.images import (
-    BODY,
     OCTAVES,
     SHAPES_CLASSES,
     SHAPES_SIZE,
     STRIPE_ANGLES,
     STRIPE_FREQUENCY,
     background,
+    object_colour,
+    object_surface,
 )
 
 NUCLEI_SIZE = 96
@@ -72,6 +73,8 @@ def scenes(
     split: Literal["train", "test"] = "test",
     together: float = 0.0,
     head_from: float = 0.0,
+    texture: float = 1.0,
+    difficulty: float = 0.0,
 ) -> Scenes:
     """Draw ``n`` pictures; picture ``i`` depends on (split, seed, i) alone.
 
@@ -82,10 +85,12 @@ def scenes(
         together: how often an object's neighbour is of the companion class (0 with 1, 2 with 3); otherwise it is
             any class. Pictures of a single object never have company.
         head_from: where the head begins along the ellipse's long axis, as a share of it in (-1, 1).
+        texture: contrast of the background; 0 leaves it even.
+        difficulty: see :func:`methodbench_vision.tasks.images.procedural_images`.
     """
     if n < 1:
         raise ValueError("n must be 1 or more")
-    drawn = [_scene(split, seed, index, together, head_from) for index in range(n)]
+    drawn = [_scene(split, seed, index, together, head_from, texture, difficulty) for index in range(n)]
     rendered, masks, heads = zip(*drawn, strict=True)
     truth = torch.from_numpy(np.stack(masks))
     labels = torch.stack([(truth == k + 1).flatten(1).any(1) for k in range(len(SHAPES_CLASSES))], 1)
@@ -93,7 +98,13 @@ def scenes(
 
 
 def _scene(
-    split: str, seed: int, index: int, together: float, head_from: float
+    split: str,
+    seed: int,
+    index: int,
+    together: float,
+    head_from: float,
+    texture: float,
+    difficulty: float,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     random = np.random.default_rng((_SCENES, _SPLITS[split], seed, index))
     classes = [index % len(SHAPES_CLASSES)]
@@ -102,7 +113,8 @@ def _scene(
         chosen = companion if random.random() < together else int(random.integers(len(SHAPES_CLASSES)))
         classes.append(chosen)
     grids = [random.standard_normal((3, side, side), dtype=np.float32) for side in OCTAVES]
-    image = background([grids])[0].numpy()
+    image = background([grids], texture=texture)[0].numpy()
+    colour = object_colour(difficulty)
     mask = np.zeros((SHAPES_SIZE, SHAPES_SIZE), dtype=np.int64)
     heads = np.zeros_like(mask, dtype=bool)
     y, x = np.mgrid[:SHAPES_SIZE, :SHAPES_SIZE].astype(np.float64)
@@ -119,9 +131,8 @@ def _scene(
         head = ellipse & (along > head_from * length)
         angle, phase = STRIPE_ANGLES[label], random.uniform(0, 2 * np.pi)
         stripes = np.sin(STRIPE_FREQUENCY * (x * np.cos(angle) + y * np.sin(angle)) + phase) > 0
-        texture = 1.0 + 0.06 * np.sin(0.9 * along) * np.sin(0.9 * across)
-        surface = np.where(head, np.where(stripes, 1.4, 0.6), texture).astype(np.float32)
-        image = np.where(ellipse, BODY[:, None, None] * surface, image)
+        surface = object_surface(head, stripes, along, across, difficulty)
+        image = np.where(ellipse, colour[:, None, None] * surface, image)
         mask[ellipse] = label + 1
         heads |= head
     noise = 0.02 * random.standard_normal(image.shape, dtype=np.float32)
@@ -129,7 +140,13 @@ def _scene(
 
 
 def nuclei(
-    seed: int, n: int, *, split: Literal["train", "test"] = "test", jitter: float = 1.5, stain: float = 0.65
+    seed: int,
+    n: int,
+    *,
+    split: Literal["train", "test"] = "test",
+    jitter: float = 1.5,
+    stain: float = 0.65,
+    texture: float = 1.0,
 ) -> Nuclei:
     """Draw ``n`` pictures of 15 to 40 nuclei; picture ``i`` depends on (split, seed, i) alone.
 
@@ -140,11 +157,13 @@ def nuclei(
         n: number of pictures.
         split: methods learn from ``train``.
         jitter: standard deviation in pixels of the points around the centres; a point stays inside its nucleus.
-        stain: spread of the nuclei's colour between tissue (1) and full stain (0).
+        stain: spread of the nuclei's colour between tissue (1) and full stain (0): the larger, the more
+            nuclei look like tissue.
+        texture: contrast of the tissue's fibres; 0 leaves it even.
     """
     if n < 1:
         raise ValueError("n must be 1 or more")
-    drawn = [_tissue(split, seed, index, jitter, stain) for index in range(n)]
+    drawn = [_tissue(split, seed, index, jitter, stain, texture) for index in range(n)]
     images, instances, points = zip(*drawn, strict=True)
     return Nuclei(
         torch.from_numpy(np.stack(images)),
@@ -154,13 +173,13 @@ def nuclei(
 
 
 def _tissue(
-    split: str, seed: int, index: int, jitter: float, stain: float
+    split: str, seed: int, index: int, jitter: float, stain: float, texture: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     random = np.random.default_rng((_NUCLEI, _SPLITS[split], seed, index))
     size = (NUCLEI_SIZE, NUCLEI_SIZE)
     grids = [random.standard_normal((1, side, side), dtype=np.float32) for side in OCTAVES]
     fibres = background([grids], size)[0, 0].numpy() - 0.42
-    image = _TISSUE[:, None, None] + 1.6 * fibres
+    image = _TISSUE[:, None, None] + 1.6 * texture * fibres
     instances = np.zeros(size, dtype=np.int64)
     y, x = np.mgrid[: size[0], : size[1]].astype(np.float64)
     areas: list[int] = []

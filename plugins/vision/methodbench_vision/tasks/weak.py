@@ -24,7 +24,13 @@ from methodbench.params import hyperparameters
 from methodbench.protocols import Evaluation, Scores, Segmenter
 from methodbench.torchkit.model import LoadedModel
 from methodbench_vision.models.shapes_cnn import PREPROCESS
-from methodbench_vision.tasks.images import SHAPES_CLASSES, normalize, procedural_images
+from methodbench_vision.tasks.images import (
+    SHAPES_CLASSES,
+    Difficulty,
+    Texture,
+    normalize,
+    procedural_images,
+)
 from methodbench_vision.tasks.localization import pointing
 from methodbench_vision.tasks.maps import shown
 from methodbench_vision.tasks.scenes import scenes
@@ -37,7 +43,7 @@ from methodbench_vision.tasks.wsol import (
     pooled_iou,
     scaled,
 )
-from methodbench_vision.weak.training import Seeds
+from methodbench_vision.weak.training import Seeds, labelled
 
 _Images = Annotated[int, Field(ge=2, le=100_000, description="test pictures")]
 _Train = Annotated[int, Field(ge=4, le=100_000, description="pictures to learn from")]
@@ -58,6 +64,8 @@ class WeakLocalization:
         int, Field(ge=1, le=100_000, description="training pictures that choose the threshold of GT-known")
     ] = 100
     image_seed: _Seed = 0
+    texture: Texture = 1.0
+    difficulty: Difficulty = 0.0
     threshold_step: Annotated[
         float, Field(gt=0, le=0.5, description="distance of the thresholds on maps in [0, 1]")
     ] = 0.02
@@ -68,8 +76,9 @@ class WeakLocalization:
         Raises:
             NotApplicableError: the method learns from other labels, or hands back no maps.
         """
-        seen = procedural_images(self.image_seed, self.train_images, split="train")
-        data = procedural_images(self.image_seed, self.images, split="test")
+        drawn = {"texture": self.texture, "difficulty": self.difficulty}
+        seen = procedural_images(self.image_seed, self.train_images, split="train", **drawn)
+        data = procedural_images(self.image_seed, self.images, split="test", **drawn)
         x = normalize(seen.images, PREPROCESS)
         with ctx.phase("fit"):
             predictor = seeds_of(method.fit({"images": x, "labels": seen.labels}, ctx))
@@ -143,7 +152,8 @@ class SeedSegmentation:
 
     The threshold is the best one on the pictures that are scored, as IRN and MCTformer have it for the seeds of their
     training pictures; ``image-miou`` is the mean over pictures, and over the classes that truth or seed have, at that
-    threshold.
+    threshold. ``seed-area`` is the share of a picture that seeds cover at the method's own, fixed threshold: how far
+    they reach, which is neither good nor bad.
     """
 
     images: _Images = 300
@@ -156,6 +166,8 @@ class SeedSegmentation:
         float,
         Field(gt=-1, lt=1, description="where the part that tells the class begins along the long axis"),
     ] = 0.0
+    texture: Texture = 1.0
+    difficulty: Difficulty = 0.0
     threshold_step: Annotated[float, Field(gt=0, le=0.3, description="distance of background scores")] = 0.02
     threshold_end: Annotated[float, Field(gt=0, le=1, description="background scores end before it")] = 0.9
 
@@ -165,7 +177,12 @@ class SeedSegmentation:
         Raises:
             NotApplicableError: the method learns from other labels, or hands back no maps.
         """
-        drawn = {"together": self.together, "head_from": self.head_from}
+        drawn = {
+            "together": self.together,
+            "head_from": self.head_from,
+            "texture": self.texture,
+            "difficulty": self.difficulty,
+        }
         seen = scenes(self.image_seed, self.train_images, split="train", **drawn)
         data = scenes(self.image_seed, self.images, split="test", **drawn)
         with ctx.phase("fit"):
@@ -180,6 +197,7 @@ class SeedSegmentation:
         # A picture of several classes is shown with the map of its first one.
         first = data.labels.int().argmax(1)
         right = ((scores > 0) == data.labels).double().mean(1)
+        area = (labelled(maps, data.labels, predictor.threshold) > 0).double().mean((1, 2))
         unions = tables[best].sum(0)
         hit, wanted, drawn_ = _parts(unions)
         union = (wanted + drawn_ - hit)[1:].sum()
@@ -191,6 +209,7 @@ class SeedSegmentation:
                 "over-activation": Scores(((drawn_ - hit)[1:].sum() / union)[None]),
                 "under-activation": Scores(((wanted - hit)[1:].sum() / union)[None]),
                 "classification": Scores(right.numpy()),
+                "seed-area": Scores(area.numpy()),
             },
             series={"seed-miou-by-threshold": pooled},
             pictures=shown(

@@ -39,6 +39,7 @@ TASKS: list[Task] = [
             Metric(name="over-activation", direction="lower", title="FP / union", aggregate="single"),
             Metric(name="under-activation", direction="lower", title="FN / union", aggregate="single"),
             Metric(name="classification", direction="higher", title="classes told right"),
+            Metric(name="seed-area", direction="higher", title="share covered at the method's threshold"),
         ),
         protocol=1,
         data="builtin:procedural-scenes",

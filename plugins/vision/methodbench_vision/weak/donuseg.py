@@ -34,7 +34,7 @@ from methodbench.context import Context
 from methodbench.errors import ParameterError
 from methodbench.params import hyperparameters
 from methodbench_vision.weak.networks import stage
-from methodbench_vision.weak.training import BatchSize, Epochs, PeakRate, fit, given, seeded
+from methodbench_vision.weak.training import BatchSize, Epochs, PeakRate, check_pictures, fit, given, seeded
 
 #: Label of pixels of which nothing is known.
 UNKNOWN = 255
@@ -71,11 +71,15 @@ class DoNuSeg:
 
         Raises:
             NotApplicableError: there are no points.
-            ParameterError: a point lies outside of its picture.
+            ParameterError: a point lies outside of its picture, or there is none.
         """
         images, points = given(weak_labels, "points", "DoNuSeg")
         size = (images.shape[2], images.shape[3])
         _inside(points, size)
+        if not any(len(one) for one in points):
+            raise ParameterError(
+                "no picture has a point", "Give at least one picture the places of its nuclei."
+            )
         first = torch.stack(
             [
                 initial_label(image, one, self.radius, self.reach, ctx.seed)
@@ -98,7 +102,10 @@ class DoNuSeg:
                 found = net(images[batch])
                 target = labels[batch]
                 known = target != UNKNOWN
-                semantic = F.binary_cross_entropy_with_logits(found.semantic[known], target[known].float())
+                # Pictures without points say nothing, a batch of them neither.
+                semantic = F.binary_cross_entropy_with_logits(
+                    found.semantic[known], target[known].float(), reduction="sum"
+                ) / known.sum().clamp_min(1)
                 location = F.mse_loss(found.location.sigmoid(), places[batch])
                 total = semantic + location
                 if self.contrast:
@@ -142,7 +149,12 @@ class Instances:
     chosen: tuple[int, ...]
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Return int64 [B, H, W] of images [B, 3, H, W]: 0 for the tissue, 1, 2, ... for nuclei."""
+        """Return int64 [B, H, W] of images [B, 3, H, W]: 0 for the tissue, 1, 2, ... for nuclei.
+
+        Raises:
+            ParameterError: see :func:`methodbench_vision.weak.training.check_pictures`.
+        """
+        check_pictures(x)
         with torch.inference_mode():
             found = [self.net(part) for part in x.split(32)]
         return torch.stack(

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from methodbench.errors import ParameterError
+
 
 class SmallCNN(nn.Module):
     """Four times convolution, batch norm and ReLU, of which the last is the tail; a map per class.
@@ -62,10 +64,19 @@ class ClassTokenViT(nn.Module):
 
     PATCH = 8
 
+    #: Height and width that it is bound to.
+    size: tuple[int, int]
+
     def __init__(
         self, classes: int, size: tuple[int, int], width: int = 64, depth: int = 3, heads: int = 4
     ) -> None:
         super().__init__()
+        if size[0] % self.PATCH or size[1] % self.PATCH:
+            raise ParameterError(
+                f"pictures of {size[0]} x {size[1]} pixels do not divide into patches of {self.PATCH} x {self.PATCH}",
+                "Crop or resize the pictures.",
+            )
+        self.size = size
         self.grid = (size[0] // self.PATCH, size[1] // self.PATCH)
         self.embed = nn.Sequential(
             stage(3, 24, stride=2), stage(24, 48, stride=2), nn.Conv2d(48, width, 3, stride=2, padding=1)
@@ -77,7 +88,15 @@ class ClassTokenViT(nn.Module):
         self.classify = nn.Conv2d(width, classes, 3, padding=1)
 
     def forward(self, x: Tensor, adjust: Adjust | None = None) -> Attended:
-        """Map images [B, 3, H, W] to scores, maps and attention, the attention changed by ``adjust``."""
+        """Map images [B, 3, H, W] to scores, maps and attention, the attention changed by ``adjust``.
+
+        Raises:
+            ParameterError: the images have another size than those that it was made for.
+        """
+        if tuple(x.shape[2:]) != self.size:
+            raise ParameterError(
+                f"pictures have {x.shape[2]} x {x.shape[3]} pixels, the network takes {self.size[0]} x {self.size[1]}"
+            )
         classes = self.class_tokens.shape[1]
         patches = self.embed(x).flatten(2).transpose(1, 2) + self.positions
         tokens = torch.cat([self.class_tokens.expand(len(x), -1, -1), patches], 1)

@@ -50,7 +50,12 @@ class Seeds:
     several: bool
 
     def maps(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the maps of all classes in [0, 1], [B, K, H, W], and their scores [B, K]."""
+        """Return the maps of all classes in [0, 1], [B, K, H, W], and their scores [B, K].
+
+        Raises:
+            ParameterError: see :func:`check_pictures`.
+        """
+        check_pictures(x)
         with torch.inference_mode():
             raw, scores = zip(*(self.read(part) for part in x.split(100)), strict=True)
         return seed_maps(torch.cat(raw), (x.shape[2], x.shape[3])), torch.cat(scores)
@@ -95,15 +100,36 @@ def given(weak_labels: Mapping[str, Any], what: str, name: str) -> tuple[Tensor,
             f"Run it on a task whose pictures have {what}.",
         )
     images, labels = weak_labels["images"], weak_labels[what]
+    check_pictures(images)
+    if len(labels) != len(images):
+        raise ParameterError(f"there are {len(images)} images and {what} of {len(labels)}")
+    if isinstance(labels, Tensor):
+        if labels.ndim not in (1, 2) or labels.is_floating_point():
+            raise ParameterError(
+                f"labels must be classes [N] or bool [N, K], got {labels.dtype} {list(labels.shape)}"
+            )
+        if bool((labels < 0).any()):
+            raise ParameterError("classes count from 0; a label is negative")
+    return images, labels
+
+
+def check_pictures(images: Tensor) -> None:
+    """Refuse what the networks here take no pictures from.
+
+    Raises:
+        ParameterError: ``images`` is no float batch [N, 3, H, W], or holds values that are not finite.
+    """
     if images.ndim != 4 or not images.is_floating_point() or not len(images):
         raise ParameterError(
             f"images must be floating point [N, C, H, W], got {images.dtype} {list(images.shape)}"
         )
+    if images.shape[1] != 3:
+        raise ParameterError(
+            f"the images have {images.shape[1]} channels, not 3",
+            "Grayscale pictures and pictures with an alpha channel are converted to RGB first.",
+        )
     if not bool(images.isfinite().all()):
         raise ParameterError("the images hold values that are not finite", "Mend or leave out these images.")
-    if len(labels) != len(images):
-        raise ParameterError(f"there are {len(images)} images and {what} of {len(labels)}")
-    return images, labels
 
 
 def one_hot(labels: Tensor) -> Tensor:
