@@ -10,6 +10,8 @@ from methodbench.catalog import load_catalog, load_implementation
 from methodbench.context import Context
 from methodbench.errors import NotApplicableError
 from methodbench.params import build
+from methodbench.protocols import Oracle
+from methodbench.testing import planted
 from methodbench.torchkit.adapters import detect
 from methodbench.torchkit.model import Calibration, LoadedModel
 from methodbench.torchkit.packed import decoding, materialized
@@ -22,6 +24,17 @@ _COMPRESSORS = sorted(
     if method.kind == "compressor"
     for kind in ("llama", "mixture")
 )
+
+
+def _of_images(what: str) -> list[tuple[str, str]]:
+    """Return the methods of a kind that apply to image models, and the kinds of these."""
+    return sorted(
+        (method.name, kind)
+        for method in load_catalog().methods.values()
+        if method.kind == what
+        for kind in ("vit", "cnn")
+        if {"*", kind} & set(method.applies_to)
+    )
 
 
 def tiny(kind: str) -> LoadedModel:
@@ -59,3 +72,36 @@ def test_compressor_runs_on_a_gpu(name, kind):
     with torch.no_grad(), decoding(compressed.module):
         one = compressed.module(ids[:1, :1]).logits
     assert bool(torch.isfinite(one).all())
+
+
+@pytest.mark.parametrize(("name", "kind"), _of_images("compressor"))
+def test_compressor_of_images_runs_on_a_gpu(name, kind):
+    entry = load_catalog().methods[name]
+    method = build(load_implementation(entry.impl), dict(entry.check_params), name)
+    model, data = planted.build(kind), planted.inputs(kind, 16, 1)
+    model.module.cuda()
+    try:
+        compressed = method.compress(model, data, Context(device="cuda"))
+    except NotApplicableError as error:
+        pytest.skip(error.message)
+    y = planted.output(compressed.module, data.inputs.cuda())
+    assert y.is_cuda
+    assert bool(torch.isfinite(y).all())
+
+
+@pytest.mark.parametrize(("name", "kind"), _of_images("explainer"))
+def test_explainer_runs_on_a_gpu(name, kind):
+    entry = load_catalog().methods[name]
+    method = build(load_implementation(entry.impl), dict(entry.check_params), name)
+    model = planted.build(kind)
+    model.module.cuda()
+    seen = planted.evidence_images(4, 1)
+    try:
+        if isinstance(method, Oracle):
+            maps = method.explain_known(seen.masks.cuda())
+        else:
+            maps = method.explain(model, seen.images.cuda(), seen.labels.cuda())
+    except NotApplicableError as error:
+        pytest.skip(error.message)
+    assert maps.shape == (4, *seen.images.shape[2:])
+    assert bool(torch.isfinite(maps).all())

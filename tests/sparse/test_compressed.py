@@ -32,8 +32,9 @@ from methodbench.torchkit.compressed import (
     semi_structured,
     store_pruned,
 )
+from methodbench.torchkit.kernels import graph_of
 from methodbench.torchkit.model import Calibration, LoadedModel, next_token_loss
-from methodbench.torchkit.packed import materialized, pack_linear, packed_configs, rebuild
+from methodbench.torchkit.packed import decoding, materialized, pack_linear, packed_configs, rebuild
 from methodbench.torchkit.size import bits_per_weight, tensor_bytes
 from methodbench_quant.llm.rtn import RTN
 from methodbench_quant.models.entries import MODELS
@@ -301,6 +302,25 @@ def test_semi_structured_kernels_give_the_dense_product(dtype: torch.dtype) -> N
         assert 0 < float(error) < 4 * torch.finfo(dtype).eps
         assert tensor_bytes(holder) == stored
     assert same_bits(layer(x), before)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_decoding_takes_a_product_that_reads_less() -> None:
+    dense = [linear(pruned_nm(4096, 4096, 2, 4, torch.float16)).cuda() for _ in range(4)]
+    layers = [pack_linear(one, MaskedGroups(one.weight, 2, 4)) for one in dense]
+    holder = nn.Sequential(*layers).cuda()
+    x = torch.randn(1, 1, 4096, device="cuda", dtype=torch.float16)
+    with torch.no_grad(), decoding(holder) as kernels:
+        assert len(set(kernels.values())) == 1
+        assert "2:4" in kernels["0"]
+        assert set(kernels) == {"0", "1", "2", "3"}
+        exact = torch.nn.functional.linear(x.double(), dense[0].weight.double(), dense[0].bias.double())
+        error = (holder[0](x).double() - exact).abs().max() / exact.abs().max()
+        assert float(error) < 4 * torch.finfo(torch.float16).eps
+        graph = graph_of(lambda: holder(x))
+        graph.replay()
+        torch.cuda.synchronize()
+    assert same_bits(holder[0](x), dense[0](x))
 
 
 def test_a_format_needs_a_known_model_part(llama: LoadedModel) -> None:

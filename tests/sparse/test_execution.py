@@ -11,9 +11,10 @@ from torch import Tensor
 from methodbench.context import Context
 from methodbench.testing import planted
 from methodbench.torchkit import sparse_gemv
-from methodbench.torchkit.activation_sparsity import SparseInput, forget, measured
+from methodbench.torchkit.activation_sparsity import SparseInput, forget, measured, sites
 from methodbench.torchkit.kernels.native import native
-from methodbench.torchkit.sparse_gemv import Choice, GatherLinear, RowLinear
+from methodbench.torchkit.sparse_gemv import Choice, GatherLinear, KernelLinear, RowLinear
+from methodbench_quant.decode import paired_rates
 from methodbench_sparse.cats import CATS
 from methodbench_sparse.chess import CHESS
 from methodbench_sparse.lazy_neuron import LazyNeuron
@@ -66,6 +67,48 @@ def test_sparse_products_decode_what_masks_do(
         assert measured(sparse)["sparsity_model"] == pytest.approx(
             measured(masked)["sparsity_model"], abs=5e-3
         )
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("kind", "settings"), METHODS)
+def test_graphs_on_a_gpu_decode_what_masks_do(
+    monkeypatch: pytest.MonkeyPatch, kind: type[Any], settings: dict[str, Any]
+) -> None:
+    from methodbench.torchkit.kernels.sparse_gemv import SHAPES
+
+    monkeypatch.setattr(sparse_gemv, "choose_launch", lambda *_: (SHAPES[0], 2.0))
+    model, data = planted.build("llama"), planted.inputs("llama", 3, 4)
+    model.module.cuda()
+    ctx = Context(device="cuda")
+    masked = kind(**settings).compress(model, data, ctx)
+    sparse = kind(**settings, execution="sparse").compress(model, data, ctx)
+    kernels = [m for m in sparse.module.modules() if isinstance(m, KernelLinear)]
+    assert len(kernels) == sparse.facts["execution_layers"] > 0
+    assert sparse.storage == "real"
+    ids = data.inputs.cuda()
+    for tokens in (ids, ids[:, :1], ids[:1, :1]):
+        expected = planted.output(masked.module, tokens)
+        torch.testing.assert_close(planted.output(sparse.module, tokens), expected, rtol=1e-3, atol=1e-3)
+    forget(sparse)
+    forget(masked)
+    _, (ours, theirs) = paired_rates(sparse.module, masked.module, ids[:1, :8], 8, 3)
+    assert ours == theirs
+    counted = {name: site.tokens for name, site in sites(sparse.module).items()}
+    assert counted == {name: site.tokens for name, site in sites(masked.module).items()}
+    assert set(counted.values()) == {16}
+    assert measured(sparse)["sparsity_model"] == pytest.approx(measured(masked)["sparsity_model"], abs=5e-3)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_launch_is_chosen_by_measurement_where_it_gains() -> None:
+    weights = [torch.randn(4096, 4096, device="cuda", dtype=torch.float16) for _ in range(8)]
+    launch, gain = sparse_gemv.choose_launch(weights, 0.65)
+    assert launch is not None
+    assert gain > sparse_gemv.WORTHWHILE
+    assert sparse_gemv.choose_launch(weights, 0.0) == (None, 1.0)
+    small = [torch.randn(64, 64, device="cuda", dtype=torch.float16) for _ in range(8)]
+    launch, gain = sparse_gemv.choose_launch(small, 0.5)
+    assert (launch is None) == (gain < sparse_gemv.WORTHWHILE)
 
 
 @pytest.mark.parametrize(

@@ -163,10 +163,10 @@ def test_counts_start_anew_and_a_clone_counts_for_itself() -> None:
     mask_inputs(model, {name: TopK(64) for name in block_linears(model)}, "all")
     counted(model, tokens())
     other = model.clone()
-    seen = {name: site.tokens for name, site in sites(model).items()}
+    seen = {name: site.tokens for name, site in sites(model.module).items()}
     planted.output(other.module, tokens())
-    assert {name: site.tokens for name, site in sites(model).items()} == seen
-    assert all(site.tokens == 2 * seen[name] for name, site in sites(other).items())
+    assert {name: site.tokens for name, site in sites(model.module).items()} == seen
+    assert all(site.tokens == 2 * seen[name] for name, site in sites(other.module).items())
     layer = other.module.model.layers[0].self_attn.q_proj
     assert isinstance(layer, SparseInput)
     assert layer.site.sequence is other.module.model.layers[0].self_attn.o_proj.site.sequence

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from methodbench.torchkit.activation_sparsity import Site, SparseInput, Threshold
+from methodbench.torchkit.activation_sparsity import Site, SparseInput, Threshold, uncounted
+from methodbench.torchkit.compressed import MaskedGroups
 from methodbench.torchkit.kernels import has_triton
 from methodbench.torchkit.packed import (
     PackedLinear,
@@ -103,20 +104,49 @@ def test_triton_packed_product_takes_one_row_only(device):
         packed_gemv(layer, torch.ones(2, 32, device=device), SHAPES[0])
 
 
-@pytest.mark.parametrize("threshold", [0.7] if INTERPRETED else [0.0, 0.7, 100.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("kind", ["scalar", "scaled", "wide scale", "channels"])
 @pytest.mark.parametrize("parts", [1, 4] if INTERPRETED else [1, 4, 8])
-def test_triton_sparse_product_is_that_of_the_masked_input(device, generator, parts, threshold):
+def test_triton_sparse_product_is_that_of_the_masked_input(device, generator, parts, kind, dtype):
     from methodbench.torchkit.kernels.sparse_gemv import Shape, SparseGEMV
 
     weight, bias = torch.randn(100, 150, generator=generator), torch.randn(100, generator=generator)
     x = torch.randn(1, 1, 150, generator=generator)
     x[..., ::3] = 0
-    weight, bias, x = weight.to(device), bias.to(device), x.to(device)
-    product = SparseGEMV(weight.T.contiguous(), Shape(32, 64, parts, 4), bias)
-    masked = torch.where(x.abs() > threshold, x, 0)
+    weight, bias, x = weight.to(device, dtype), bias.to(device, dtype), x.to(device, dtype)
+    scale = torch.rand(150, generator=generator).to(device)
+    # A score that equals the threshold in the precision that torch compares in.
+    scores = (x.flatten() * scale.to(dtype)).abs() if kind == "scaled" else x.flatten().abs()
+    threshold = scores[scores > 0.2].min().float()
+    rule = {
+        "scalar": Threshold(threshold),
+        "scaled": Threshold(threshold, scale.to(dtype)),
+        "wide scale": Threshold(threshold, scale),
+        "channels": Threshold(threshold * (1 + scale)),
+    }[kind].to(device)
+    mask = rule(x)
+    assert 0 < int(mask.sum()) < 100
+    product = SparseGEMV(
+        weight.T.contiguous(), Shape(32, 64, parts, 4), bias, threshold=rule.threshold, scale=rule.scale
+    )
+    expected = F.linear(x.masked_fill(~mask, 0).double(), weight.double(), bias.double())
+    tolerance = 1e-4 if dtype is torch.float32 else 5e-3
     for _ in range(2):
-        y = product(x, threshold)
-        torch.testing.assert_close(y, F.linear(masked, weight, bias), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(product(x).double(), expected, rtol=tolerance, atol=tolerance)
+    # The mask is torch's to the last element: an input more or less would show.
+    one = SparseGEMV(torch.eye(150, dtype=dtype, device=device), Shape(32, 64, parts, 4),
+                     threshold=rule.threshold, scale=rule.scale)  # fmt: skip
+    assert torch.equal(one(x), x.masked_fill(~mask, 0))
+
+
+@pytest.mark.parametrize("threshold", [0.0, 100.0])
+def test_triton_sparse_product_at_the_ends(device, generator, threshold):
+    from methodbench.torchkit.kernels.sparse_gemv import SHAPES, SparseGEMV
+
+    weight = torch.randn(100, 150, generator=generator).to(device)
+    x = torch.randn(1, 150, generator=generator).to(device)
+    y = SparseGEMV(weight.T.contiguous(), SHAPES[0], threshold=torch.tensor(threshold))(x)
+    torch.testing.assert_close(y, F.linear(x, weight) * (threshold == 0), rtol=1e-4, atol=1e-4)
 
 
 def test_triton_sparse_product_never_reads_the_weight_of_a_zero(device, generator):
@@ -129,6 +159,49 @@ def test_triton_sparse_product_never_reads_the_weight_of_a_zero(device, generato
     transposed[1::2] = float("nan")
     y = SparseGEMV(transposed.to(device), SHAPES[0])(x.to(device))
     torch.testing.assert_close(y.cpu(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("biased", [False, True])
+def test_triton_product_of_weights_pruned_2_of_4(device, generator, dtype, biased):
+    from methodbench.torchkit.kernels.nm_gemv import NMGEMV, Shape
+
+    outputs, inputs = 20, 104
+    weight = torch.randn(outputs, inputs, generator=generator)
+    cut = torch.rand(outputs, inputs // 4, 4, generator=generator).argsort(-1) < 2
+    cut[0, :3] = True  # Groups with fewer values than they have room for.
+    linear = nn.Linear(inputs, outputs, bias=biased).requires_grad_(False)
+    linear.weight.data = weight.masked_fill(cut.view_as(weight), 0)
+    linear.to(dtype)
+    layer = pack_linear(linear, MaskedGroups(linear.weight.detach(), 2, 4)).to(device)
+    x = torch.randn(1, 1, inputs, generator=generator).to(device, dtype)
+    bias = None if layer.bias is None else layer.bias.double()
+    expected = F.linear(x.double(), layer.dequantize().double(), bias)
+    for shape in (Shape(1, 32, 1), Shape(2, 64, 2), Shape(4, 16, 1)):
+        y = NMGEMV(layer, shape)(x)
+        assert y.dtype == dtype
+        error = (y.double() - expected).norm() / expected.norm()
+        assert float(error) < 4 * torch.finfo(dtype).eps
+
+
+def test_triton_product_of_pruned_weights_says_what_it_takes(device):
+    from methodbench.torchkit.kernels.nm_gemv import NMGEMV, SHAPES, fits
+
+    eye = torch.eye(8, device=device)
+    with pytest.raises(ValueError, match="one row at a time, and x has 2"):
+        NMGEMV(pack_linear(linear_of(eye), MaskedGroups(eye, 2, 4)), SHAPES[0])(eye[:2])
+    wide = pack_linear(linear_of(eye), MaskedGroups(eye, 4, 8))
+    odd = pack_linear(linear_of(eye[:6]), MaskedGroups(eye[:6], 2, 4))
+    assert not fits(wide)
+    assert not fits(odd)
+    with pytest.raises(ValueError, match="2:4 weights whose outputs four divides"):
+        NMGEMV(wide, SHAPES[0])
+
+
+def linear_of(weight):
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False).requires_grad_(False)
+    linear.weight.data = weight
+    return linear
 
 
 def test_triton_layer_masks_by_its_rule_and_follows_its_weight(device, generator):
@@ -144,6 +217,10 @@ def test_triton_layer_masks_by_its_rule_and_follows_its_weight(device, generator
         layer(token), F.linear(masked, sparse.weight, sparse.bias), rtol=1e-4, atol=1e-4
     )
     assert layer.site.sparsity == pytest.approx(float((token.abs() <= 0.8).float().mean()))
+    with uncounted(layer):
+        again = layer(token)
+    torch.testing.assert_close(again, layer(token), rtol=0, atol=0)
+    assert layer.site.tokens == 2, "uncounted tokens leave no trace"
     several = torch.randn(1, 3, 64, generator=generator).to(device)
     torch.testing.assert_close(
         layer(several), F.linear(torch.where(several.abs() > 0.8, several, 0), sparse.weight, sparse.bias)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from methodbench.torchkit.activation_sparsity import uncounted
 from methodbench.torchkit.kernels import graph_of
 
 
@@ -110,20 +111,31 @@ class Rate:
 
 
 class _Timed:
-    """One contestant: a decoder, and how a step of it runs."""
+    """One contestant: a decoder, and how a step of it runs.
+
+    It decodes once without the clock. What a sparse model zeroes is counted then alone: counts take time.
+    """
 
     def __init__(self, module: nn.Module, prompt: Tensor, tokens: int) -> None:
-        self.decoder = Decoder(module, prompt, tokens)
+        self.decoder = decoder = Decoder(module, prompt, tokens)
         self.tokens = tokens
-        self.decoder.prefill()
-        self._step, self._wait = self.decoder.step, _nothing
+        decoder.prefill()
+        for _ in range(tokens):
+            decoder.step()
+        self._step, self._wait = decoder.step, _nothing
         if prompt.is_cuda:
-            self._step, self._wait = graph_of(self.decoder.step).replay, torch.cuda.synchronize
+            with uncounted(module):
+                decoder.prefill()
+                self._step, self._wait = graph_of(decoder.step).replay, torch.cuda.synchronize
         self.rates: list[float] = []
         self.ids: tuple[int, ...] = ()
 
-    def run(self, *, keep: bool = True) -> None:
-        """Decode from the prompt on; ``keep`` the rate."""
+    def run(self) -> None:
+        """Decode from the prompt on, and keep the rate."""
+        with uncounted(self.decoder.module):
+            self._run()
+
+    def _run(self) -> None:
         decoder = self.decoder
         decoder.prefill()
         decoder.cache.position = decoder.position
@@ -134,8 +146,7 @@ class _Timed:
             ids.append(decoder.ids.clone())
             self._step()
         self._wait()
-        if keep:
-            self.rates.append(self.tokens / (time.perf_counter() - start))
+        self.rates.append(self.tokens / (time.perf_counter() - start))
         self.ids = tuple(int(i) for i in torch.cat(ids).flatten().tolist())
 
     @property
@@ -165,8 +176,6 @@ def paired_rates(
     that does not count, they alternate, and which of them begins does too: what else the machine does hits both alike.
     """
     pair = (_Timed(module, prompt, tokens), _Timed(peer, prompt, tokens))
-    for timed in pair:
-        timed.run(keep=False)
     for repeat in range(repeats):
         for timed in pair[:: -1 if repeat % 2 else 1]:
             timed.run()

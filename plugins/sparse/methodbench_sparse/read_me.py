@@ -89,7 +89,7 @@ class ReadMe:
         shared, experts = split(usage, widths)
         generator = torch.Generator().manual_seed(ctx.seed)
         table = embedding.get_parameter("weight").detach()
-        router = Router(table, self.width, self.depth, self.heads, self.experts, generator)
+        router = Router(table, self.width, self.depth, self.heads, self.experts, generator).to(model.device)
         mixed = model.clone()
         if self.rounds and self.model_steps:
             own_parameters(mixed.module)
@@ -140,7 +140,7 @@ class ReadMe:
                     (step * max(1, len(data) // self.experts) + step // self.experts) % len(data)
                 ]
                 start = int(torch.randint(max(1, len(ids) - self.tokens + 1), (), generator=generator))
-                piece = ids[None, start : start + self.tokens]
+                piece = ids[None, start : start + self.tokens].to(model.device)
                 hidden.clear()
                 with torch.no_grad():
                     model.module(piece)
@@ -203,14 +203,16 @@ def domain_usage(
     Domains are contiguous parts of the sequences.
     """
     owners = {model.module.get_submodule(network.block): network for network in networks}
-    found = {network.block: torch.zeros(domains, network.neurons) for network in networks}
+    found = {
+        network.block: torch.zeros(domains, network.neurons, device=model.device) for network in networks
+    }
     for domain, part in enumerate(data.inputs.tensor_split(domains)):
 
         def watch(block: nn.Module, domain: int = domain, tokens: int = part.numel()) -> dict[str, Observer]:
             network = owners[block]
 
             def add(hidden: Tensor) -> None:
-                found[network.block][domain] += hidden.flatten(0, -2).float().abs().sum(0).cpu() / tokens
+                found[network.block][domain] += hidden.flatten(0, -2).float().abs().sum(0) / tokens
 
             return {network.down.removeprefix(f"{network.block}."): add}
 

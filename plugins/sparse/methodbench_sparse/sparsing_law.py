@@ -81,7 +81,7 @@ class SparsingLaw:
         cett = bisect(ratio, 1 + self.p / 100, self.tolerance)
         sparse = at_cett(model, curves, cett)
         found = float(np.exp(next_token_loss(sparse, second) - dense))
-        shares = np.array([site.sparsity or 0.0 for site in sites(sparse).values()])
+        shares = np.array([site.sparsity or 0.0 for site in sites(sparse.module).values()])
         return {"sparsity": float(shares.mean()), "cett": cett, "ppl-ratio": found, "by-layer": shares}
 
 

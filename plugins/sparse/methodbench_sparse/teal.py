@@ -153,19 +153,21 @@ class Histogram:
 
         Where all but the outliers are one value, every distinct value is a bin of its own.
         """
-        values = values.detach().float().flatten().cpu()
+        values = values.detach().float().flatten()
         count = int(outliers * values.numel())
         low, high = values.min(), values.max()
         if low == high:
-            return cls(low[None], torch.tensor([float(values.numel())]))
+            return cls(low[None].cpu(), torch.tensor([float(values.numel())]))
         first = values.kthvalue(count + 1).values
         last = values.kthvalue(values.numel() - count + (1 if count else 0)).values
         if first == last:
             distinct, counts = values.unique(return_counts=True)
-            return cls(distinct, counts.float())
-        edges = torch.cat([low[None], torch.linspace(float(first), float(last), bins - 1), high[None]])
-        counts = torch.histogram(values, bins=edges).hist
-        return cls((edges[:-1] + edges[1:]) / 2, counts)
+            return cls(distinct.cpu(), counts.float().cpu())
+        inner = torch.linspace(float(first), float(last), bins - 1, device=values.device)
+        # The last bin holds its upper edge, and so does every bin its lower one.
+        counts = torch.bucketize(values, inner, right=True).bincount(minlength=bins).float()
+        edges = torch.cat([low[None], inner, high[None]]).cpu()
+        return cls((edges[:-1] + edges[1:]) / 2, counts.cpu())
 
     @property
     def is_constant(self) -> bool:

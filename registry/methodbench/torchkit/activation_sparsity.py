@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -95,6 +96,8 @@ class Site:
     entries: int = 0
     touched: int = 0
     tokens: int = 0
+    counting: bool = True
+    """Off inside :func:`uncounted`."""
 
     def split(self, x: Tensor) -> tuple[Tensor, int]:
         """Return ``x`` as [batch, tokens, channels], and how many tokens at its start stay dense.
@@ -106,6 +109,8 @@ class Site:
 
     def count(self, mask: Tensor | None, tokens: int) -> None:
         """Count a mask [batch, touched tokens, channels] (None for no token touched) of ``tokens`` in all."""
+        if not self.counting:
+            return
         self.tokens += tokens
         if mask is not None:
             self.kept = self.kept + mask.count_nonzero()
@@ -143,9 +148,13 @@ class BlockUsage:
 
     active: dict[str, Tensor | int] = field(default_factory=dict)
     pairs: dict[str, int] = field(default_factory=dict)
+    counting: bool = True
+    """Off inside :func:`uncounted`."""
 
     def count(self, active: Tensor) -> None:
         """Count one block's mask [batch, tokens], True where it is active; single tokens are generation."""
+        if not self.counting:
+            return
         where = "generation" if active.shape[-1] == 1 else "prompt"
         self.active[where] = self.active.get(where, 0) + active.count_nonzero()
         self.pairs[where] = self.pairs.get(where, 0) + active.numel()
@@ -427,26 +436,40 @@ def observed(
             yield tuple(group), kept[group[0]]
 
 
-def sites(model: LoadedModel) -> dict[str, Site]:
-    """Return the sites of ``model`` by the name of the module that holds them."""
+def sites(module: nn.Module) -> dict[str, Site]:
+    """Return the sites of ``module`` by the name of the part that holds them."""
     return {
-        name: module.site
-        for name, module in model.module.named_modules()
-        if isinstance(getattr(module, "site", None), Site)
+        name: part.site
+        for name, part in module.named_modules()
+        if isinstance(getattr(part, "site", None), Site)
     }
 
 
-def usages(model: LoadedModel) -> list[BlockUsage]:
-    """Return the counts of blocks that stand at modules of ``model``."""
-    found = (getattr(module, "usage", None) for module in model.module.modules())
+def usages(module: nn.Module) -> list[BlockUsage]:
+    """Return the counts of blocks that stand at parts of ``module``."""
+    found = (getattr(part, "usage", None) for part in module.modules())
     return [usage for usage in found if isinstance(usage, BlockUsage)]
+
+
+@contextmanager
+def uncounted(module: nn.Module) -> Iterator[None]:
+    """Let ``module`` run without counting what it zeroes, for timing: a count takes time that no method needs."""
+    counts: list[Site | BlockUsage] = [*sites(module).values(), *usages(module)]
+    before = [count.counting for count in counts]
+    try:
+        for count in counts:
+            count.counting = False
+        yield
+    finally:
+        for count, counting in zip(counts, before, strict=True):
+            count.counting = counting
 
 
 def forget(model: LoadedModel) -> None:
     """Let all sites start counting anew."""
-    for site in sites(model).values():
+    for site in sites(model.module).values():
         site.forget()
-    for usage in usages(model):
+    for usage in usages(model.module):
         usage.forget()
 
 
@@ -455,8 +478,8 @@ def measured(model: LoadedModel) -> dict[str, Any]:
 
     Shares of layers that no token reached are left out; where no token was touched at all, sparsities are 0.
     """
-    found = sites(model)
-    of_blocks = {name: value for usage in usages(model) for name, value in usage.facts().items()}
+    found = sites(model.module)
+    of_blocks = {name: value for usage in usages(model.module) for name, value in usage.facts().items()}
     if not found:
         return of_blocks
     sizes = _sizes(model)

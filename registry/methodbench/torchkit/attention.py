@@ -88,7 +88,7 @@ def _check_reached(model: LoadedModel, names: list[str]) -> None:
         )
         for name in names
     ]
-    device = next(model.module.parameters()).device
+    device = model.device
     try:
         with torch.no_grad():
             model.module(torch.zeros(1, 2, dtype=torch.int64, device=device), use_cache=False)

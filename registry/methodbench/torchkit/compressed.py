@@ -166,7 +166,7 @@ class NMLinear(CompressedLayer):
         length = packed_length(out_features * in_features // group * (group - zeros), self.place_bits)
         self.register_buffer("values", torch.zeros(shape, dtype=self.dtype))
         self.register_buffer("places", torch.zeros(length, dtype=torch.uint8))
-        self._structured: Tensor | None = None
+        self._structured: StructuredWeight | None = None
 
     @classmethod
     def from_quantized(
@@ -221,13 +221,18 @@ class NMLinear(CompressedLayer):
     def multiply(self, x: Tensor) -> Tensor:
         if self._structured is None or x.dtype != self.dtype:
             return super().multiply(x)
-        return F.linear(x, self._structured, self.bias)
+        return self._structured.multiply(x, self.bias)
+
+    def structured(self) -> StructuredWeight:
+        """Return the weight in the form of the tensor cores; see :attr:`fits_tensor_cores`."""
+        return StructuredWeight(self.dequantize())
 
     @property
     def fits_tensor_cores(self) -> bool:
         """Whether a GPU's product with 2:4 sparse weights takes this layer where it lies."""
         return (
             self.values.is_cuda
+            and torch.backends.cusparselt.is_available()
             and self.dtype in (torch.float16, torch.bfloat16)
             and (self.zeros, self.group) == (2, 4)
             and self.out_features % 32 == 0
@@ -235,9 +240,43 @@ class NMLinear(CompressedLayer):
         )
 
 
+class StructuredWeight:
+    """A 2:4 weight in the form of cuSPARSELt, whose products run on the tensor cores: 9 bits per weight at 16 bits.
+
+    The library has several algorithms for a product, and its own choice is often slower than the dense product, so the
+    fastest is searched for, once for every shape. Launching a product takes the host about half a millisecond (PyTorch
+    2.11), so that small ones pay inside of CUDA graphs alone. A search cannot be captured: call once before.
+
+    Args:
+        weight: dense [out, in] on CUDA, in 16 bits.
+    """
+
+    _algorithms: ClassVar[dict[tuple[Any, ...], int]] = {}
+    #: Rows are filled up to a multiple of this.
+    ROWS = 16
+
+    def __init__(self, weight: Tensor) -> None:
+        self.packed = torch._cslt_compress(weight)
+
+    def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return ``x @ W.T + bias`` for ``x`` [..., in]."""
+        flat = x.reshape(-1, x.shape[-1])
+        rows = len(flat)
+        if not rows:
+            return x.new_empty(*x.shape[:-1], self.packed.shape[0])
+        flat = F.pad(flat, (0, 0, 0, -rows % self.ROWS))
+        key = (self.packed.device, self.packed.dtype, *self.packed.shape, *flat.shape)
+        if key not in self._algorithms:
+            self._algorithms[key] = torch._cslt_sparse_mm_search(self.packed, flat.t(), transpose_result=True)
+        y = torch._cslt_sparse_mm(
+            self.packed, flat.t(), bias=bias, alg_id=self._algorithms[key], transpose_result=True
+        )
+        return y[:rows].view(*x.shape[:-1], -1)
+
+
 @contextmanager
 def semi_structured(module: nn.Module) -> Iterator[list[str]]:
-    """Let the 2:4 layers of ``module`` multiply by the semi-structured kernels of CUDA.
+    """Let the 2:4 layers of ``module`` multiply on the tensor cores of CUDA (:class:`StructuredWeight`).
 
     The kernels round differently from the dense product, so results agree to the precision of the dtype only, and a
     comparison of quality leaves them out. Their own form of the weight (9 bits per weight at 16 bits) is held in memory
@@ -253,7 +292,7 @@ def semi_structured(module: nn.Module) -> Iterator[list[str]]:
     }
     try:
         for layer in found.values():
-            layer._structured = torch.sparse.to_sparse_semi_structured(layer.dequantize())
+            layer._structured = layer.structured()
         yield list(found)
     finally:
         for layer in found.values():

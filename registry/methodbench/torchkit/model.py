@@ -70,6 +70,11 @@ class LoadedModel:
     facts: dict[str, Any] = field(default_factory=dict)
     """What the method found out (layers touched, scales chosen), kept with the record."""
 
+    @property
+    def device(self) -> torch.device:
+        """Where the first parameter lies, and inputs have to."""
+        return next(self.module.parameters()).device
+
     def clone(self) -> LoadedModel:
         """Return a model with its own module tree whose tensors are shared with this one.
 
@@ -104,7 +109,7 @@ def next_token_loss(model: LoadedModel, ids: Tensor) -> float:
         NotApplicableError: the model gives no logits.
     """
     losses = []
-    for row in ids.to(next(model.module.parameters()).device):
+    for row in ids.to(model.device):
         logits = getattr(model.module(row[None]), "logits", None)
         if logits is None:
             raise NotApplicableError(f"{model.name} gives no logits, so text has no loss")

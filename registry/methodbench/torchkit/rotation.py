@@ -371,7 +371,7 @@ def probe_logits(model: LoadedModel) -> Tensor:
     vocabulary = embedding.get_parameter("weight").shape[0]
     tokens = torch.arange(_PROBE_TOKENS).remainder(vocabulary)[None]
     with torch.no_grad():
-        output = model.module(tokens.to(next(model.module.parameters()).device))
+        output = model.module(tokens.to(model.device))
     logits: Tensor = getattr(output, "logits", output)
     if not bool(torch.isfinite(logits).all()):
         raise DivergedError(f"the logits of {model.name} hold NaN or infinity")

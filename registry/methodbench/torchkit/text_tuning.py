@@ -17,7 +17,7 @@ def text_loss(model: LoadedModel, ids: Tensor) -> Tensor:
     Raises:
         NotApplicableError: the model gives no logits.
     """
-    ids = ids.to(next(model.module.parameters()).device)
+    ids = ids.to(model.device)
     logits = getattr(model.module(ids[None]), "logits", None)
     if logits is None:
         raise NotApplicableError(f"{model.name} gives no logits, so text has no loss")

@@ -89,7 +89,7 @@ def ratio_and_share(
     sparse = at_cett(model, curves, cett)
     forget(sparse)
     ratio = float(np.exp(next_token_loss(sparse, ids) - next_token_loss(model, ids)))
-    return ratio, 1 - float(np.mean([site.sparsity for site in sites(sparse).values()]))
+    return ratio, 1 - float(np.mean([site.sparsity for site in sites(sparse.module).values()]))
 
 
 def test_thresholds_shares_and_perplexities_at_a_cett_equal_the_reference(

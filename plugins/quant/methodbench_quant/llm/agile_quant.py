@@ -109,7 +109,7 @@ class AgileQuant:
         with ctx.phase("activations"), torch.no_grad():
             quantizers = [m for block in blocks for m in block.modules() if isinstance(m, ActivationRange)]
             for ids in data.inputs[: self.calibration_sequences]:
-                model.module(ids[None].to(next(model.module.parameters()).device), use_cache=False)
+                model.module(ids[None].to(model.device), use_cache=False)
             for quantizer in quantizers:
                 quantizer.freeze()
         facts = {

@@ -202,7 +202,7 @@ def inputs_of_head(model: LoadedModel, data: Calibration) -> list[Tensor]:
     try:
         for batch in batches_of(data.inputs, None):
             with torch.no_grad(), suppress(_Reached):
-                model.module(batch.to(next(model.module.parameters()).device), use_cache=False)
+                model.module(batch.to(model.device), use_cache=False)
     finally:
         hook.remove()
     return found

@@ -79,7 +79,7 @@ class MeanPooled(nn.Module):
 
 def encode(model: LoadedModel, sentences: Sequence[str], batch_size: int = 32) -> Tensor:
     """Return one vector of length one per sentence, float [sentences, width], in the order given."""
-    device = next(model.module.parameters()).device
+    device = model.device
     order = sorted(range(len(sentences)), key=lambda index: len(sentences[index]))
     rows: dict[int, Tensor] = {}
     for start in range(0, len(order), batch_size):

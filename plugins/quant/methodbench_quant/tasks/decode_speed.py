@@ -74,7 +74,7 @@ class DecodeSpeed:
             raise ParameterError(
                 f"the text has {len(ids)} tokens, {self.prompt} were asked for", "Lower prompt."
             )
-        prompt = ids[None].to(next(model.module.parameters()).device)
+        prompt = ids[None].to(model.device)
         with decoding(model.module) as kernels:
             (rates, dense), (ours, theirs) = paired_rates(
                 model.module, ctx.dense.module, prompt, self.tokens, self.repeats

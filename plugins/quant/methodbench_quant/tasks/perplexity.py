@@ -79,7 +79,7 @@ class Perplexity:
                 "Lower windows or length.",
             )
         windows = windows[: self.windows or None]
-        device = next(model.module.parameters()).device
+        device = model.device
         with materialized(model.module):
             start = time.perf_counter()
             losses = window_losses(model.module, windows.to(device)).cpu().numpy()

@@ -52,7 +52,7 @@ def quantize_network(settings: AdaQuant, model: LoadedModel, data: Calibration, 
         ParameterError: no choice of precisions meets the size.
         DivergedError: weights or activations that are not finite.
     """
-    images = calibration_images(data, _IMAGES, ctx)
+    images = calibration_images(model, data, _IMAGES, ctx)
     norms = batchnorms_behind(model, images[:1])
     dense = fold_batchnorms(model, images[:1])
     draft = Draft(dense, _unused, None, attention=False, rounded=False)

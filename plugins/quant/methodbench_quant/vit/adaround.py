@@ -96,7 +96,7 @@ class AdaRound:
             NotApplicableError: no calibration images, or blocks that cannot be called alone.
             DivergedError: a loss, an activation or a weight that is not finite.
         """
-        images = calibration_images(data, self.calibration_images, ctx)
+        images = calibration_images(model, data, self.calibration_images, ctx)
         dense = fold_batchnorms(model, images[:1])
         draft = Draft(dense, _unused, None, rounded=False)
         order = units(draft.model, draft.layers, self.unit, images[:1])

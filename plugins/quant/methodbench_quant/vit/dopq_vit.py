@@ -73,7 +73,7 @@ class DopQViT(PercentileSettings):
             NotApplicableError: no calibration images, or not a pre-norm vision transformer.
             DivergedError: an activation or a weight for which no finite scale exists, or a loss that is not finite.
         """
-        images = calibration_images(data, self.calibration_images, ctx)
+        images = calibration_images(model, data, self.calibration_images, ctx)
         facts: dict[str, object] = {"activations": f"{self.a_bits} bits, simulated"}
         draft = Draft(model, self.quantize_weight, self._fit_activation, rounded=not self.iterations)
         require_foldable(draft)

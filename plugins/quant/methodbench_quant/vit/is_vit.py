@@ -76,7 +76,7 @@ class ISViT:
             NotApplicableError: no calibration images, or not a pre-norm vision transformer.
             DivergedError: an activation or a weight for which no finite scale exists, or a loss that is not finite.
         """
-        images = calibration_images(data, self.calibration_images, ctx)
+        images = calibration_images(model, data, self.calibration_images, ctx)
         draft = Draft(model, self._quantize_weight, self._fit_activation, rounded=False)
         require_foldable(draft)
         with ctx.phase("calibration"):

@@ -94,9 +94,9 @@ class LRPQViT:
             NotApplicableError: no calibration images, or not a pre-norm vision transformer.
             DivergedError: an activation or a weight for which no finite scale exists.
         """
-        images = calibration_images(data, self.calibration_images, ctx)
+        images = calibration_images(model, data, self.calibration_images, ctx)
         with ctx.phase("relevance"):
-            bits = self.allocate(model, calibration_images(data, self.score_images, ctx))
+            bits = self.allocate(model, calibration_images(model, data, self.score_images, ctx))
 
         def quantize_weight(weight: Tensor, name: str) -> Quantized:
             width = bits.get(name, self.edge_bits)

@@ -41,7 +41,7 @@ class MinMaxViT:
             NotApplicableError: no calibration images, or not a vision transformer of plain attention.
             DivergedError: an activation or a weight that is not finite.
         """
-        images = calibration_images(data, self.calibration_images, ctx)
+        images = calibration_images(model, data, self.calibration_images, ctx)
         draft = Draft(model, self._quantize_weight, self._fit_activation)
         with ctx.phase("calibration"):
             draft.calibrate(images)

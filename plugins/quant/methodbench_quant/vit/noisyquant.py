@@ -69,7 +69,7 @@ class NoisyQuant:
             NotApplicableError: no calibration images, or no Linear besides the head.
             DivergedError: an activation that is not finite, or zero everywhere.
         """
-        images = calibration_images(data, self.calibration_images, ctx)
+        images = calibration_images(model, data, self.calibration_images, ctx)
         head = model.adapter.head_name
         draft = Draft(
             model,

@@ -108,7 +108,7 @@ class RepQViT(PercentileSettings):
 
     def calibrate(self, model: LoadedModel, data: Calibration, ctx: Context) -> Draft:
         """Return ``model`` with rounded weights and every activation's scale, not reparameterized yet."""
-        images = calibration_images(data, self.calibration_images, ctx)
+        images = calibration_images(model, data, self.calibration_images, ctx)
         draft = Draft(model, self.quantize_weight, self._fit_activation)
         if self.reparameterize:
             require_foldable(draft, "Set reparameterize to false to quantize it per tensor.")

@@ -71,7 +71,7 @@ class RepQuant(PercentileSettings):
             NotApplicableError: no calibration images, or not a pre-norm vision transformer.
             DivergedError: an activation or a weight for which no finite scale exists.
         """
-        images = calibration_images(data, self.calibration_images, ctx)
+        images = calibration_images(model, data, self.calibration_images, ctx)
         losses: dict[str, tuple[float, float]] = {}
         dense = {name: layer for name, layer in model.module.named_modules() if isinstance(layer, nn.Linear)}
 

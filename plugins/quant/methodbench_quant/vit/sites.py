@@ -357,8 +357,10 @@ class Draft:
         return total / count
 
 
-def calibration_images(data: Calibration, count: int, ctx: Context) -> Tensor:
+def calibration_images(model: LoadedModel, data: Calibration, count: int, ctx: Context) -> Tensor:
     """Return the first ``count`` images of ``data``, or all of them, with a remark, where it has fewer.
+
+    They lie on the device of ``model``.
 
     Raises:
         NotApplicableError: there are none.
@@ -370,7 +372,7 @@ def calibration_images(data: Calibration, count: int, ctx: Context) -> Tensor:
         )
     if len(data) < count:
         ctx.warn(f"calibrated on {len(data)} images; the method asks for {count}")
-    return data.inputs[:count]
+    return data.inputs[:count].to(model.device)
 
 
 def _padded_same(x: Tensor, conv: Any) -> Tensor:

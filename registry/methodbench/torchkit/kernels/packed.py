@@ -1,7 +1,8 @@
 """Which kernel multiplies one token with a packed layer fastest, found by measurement.
 
 Candidates are torch's int4 and int8 products, where they take the format and the precision, and the Triton kernel of
-:mod:`methodbench.torchkit.kernels.packed_gemv` in several shapes; unpacking the weight and multiplying is what they
+:mod:`methodbench.torchkit.kernels.packed_gemv` in several shapes; for weights pruned 2:4 the tensor cores' product and
+the kernel of :mod:`methodbench.torchkit.kernels.nm_gemv`. Unpacking the weight and multiplying is what they
 have to beat. Layers of one shape and format are measured together, in turn, so that weights come from memory and not
 from a cache. Kernels round differently: results agree to the precision of their dtype, not bit by bit.
 """
@@ -18,8 +19,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from methodbench.torchkit.compressed import NMLinear
 from methodbench.torchkit.kernels import graph_of, runs_triton
 from methodbench.torchkit.packed import PackedLayer, PackedLinear
+from methodbench.torchkit.size import tensor_bytes
 
 #: Bytes of packed weights after which a cache has forgotten the first of them, and the most layers measured for it.
 _ROUND_BYTES, _ROUND_LAYERS = 128 << 20, 32
@@ -40,7 +43,8 @@ class Kernel(Protocol):
         ...
 
 
-Make = Callable[[PackedLinear], Kernel]
+#: How to make the kernel of a layer whose format it takes.
+Make = Callable[[Any], Kernel]
 
 
 class Int4Product:
@@ -139,8 +143,34 @@ class Int8Product:
         )
 
 
-def candidates(layer: PackedLinear) -> Iterator[Make]:
+class StructuredProduct:
+    """The tensor cores' product with a weight pruned 2:4, which keeps a copy of it in their own order."""
+
+    name = "tensor cores 2:4"
+
+    def __init__(self, layer: NMLinear) -> None:
+        self.weight = layer.structured()
+        self.bias = layer.bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.weight.multiply(x, self.bias)
+
+
+def candidates(layer: PackedLayer) -> Iterator[Make]:
     """Yield how to make each kernel that takes the format of ``layer`` on its device."""
+    if isinstance(layer, NMLinear):
+        if layer.fits_tensor_cores:
+            yield StructuredProduct
+        if runs_triton(layer.values.device):
+            from methodbench.torchkit.kernels import nm_gemv
+
+            if nm_gemv.fits(layer):
+                for cut in nm_gemv.SHAPES:
+                    yield functools.partial(nm_gemv.NMGEMV, shape=cut)
+        return
+    # A subclass decodes its codes in a way of its own.
+    if type(layer) is not PackedLinear:
+        return
     for kind in (Int4Product, Int8Product):
         if kind.fits(layer):
             yield kind
@@ -158,12 +188,10 @@ def choose(layers: Mapping[str, PackedLayer]) -> dict[str, Kernel]:
     Args:
         layers: by name, each on the device and in the dtype that it will be used in.
     """
-    alike: dict[str, dict[str, PackedLinear]] = {}
+    alike: dict[str, dict[str, PackedLayer]] = {}
     for name, layer in layers.items():
-        # A subclass decodes its codes in a way of its own.
-        if type(layer) is PackedLinear:
-            kind = {**layer.config, "device": str(layer.codes.device)}
-            alike.setdefault(json.dumps(kind, sort_keys=True), {})[name] = layer
+        kind = {**layer.config, "device": str(next(layer.buffers()).device)}
+        alike.setdefault(json.dumps(kind, sort_keys=True), {})[name] = layer
     found: dict[str, Kernel] = {}
     for group in alike.values():
         make = _fastest(list(group.values()))
@@ -173,12 +201,13 @@ def choose(layers: Mapping[str, PackedLayer]) -> dict[str, Kernel]:
 
 
 @torch.no_grad()
-def _fastest(layers: Sequence[PackedLinear]) -> Make | None:
-    measured = layers[: max(1, min(_ROUND_LAYERS, _ROUND_BYTES // layers[0].codes.numel() + 1))]
-    makes = list(candidates(measured[0]))
+def _fastest(layers: Sequence[PackedLayer]) -> Make | None:
+    first = layers[0]
+    makes = list(candidates(first))
     if not makes:
         return None
-    x = torch.randn(1, measured[0].in_features, dtype=measured[0].dtype, device=measured[0].codes.device)
+    measured = layers[: max(1, min(_ROUND_LAYERS, _ROUND_BYTES // tensor_bytes(first) + 1))]
+    x = torch.randn(1, first.in_features, dtype=first.dtype, device=next(first.buffers()).device)
     least, best = _seconds([layer.multiply for layer in measured], x), None
     for make in makes:
         seconds = _seconds([make(layer) for layer in measured], x)
