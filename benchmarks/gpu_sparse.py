@@ -105,9 +105,10 @@ def patterns(
     for length in prompts:
         ids = torch.randint(0, 32000, (1, length), device="cuda")
         # Graphs: the host takes longer to launch a 2:4 product than the GPU to compute it.
-        graphs = [graph_of(Decoder(dense.module, ids, 1).prefill)]
+        # A graph does not hold what it reads.
+        readers = [Decoder(model.module, ids, 1) for model in (dense, small)]
         with semi_structured(small.module) as names:
-            graphs.append(graph_of(Decoder(small.module, ids, 1).prefill))
+            graphs = [graph_of(reader.prefill) for reader in readers]
             seconds = alternating(*(graph.replay for graph in graphs))
         rows.append(
             {
@@ -162,10 +163,8 @@ def main() -> int:
         "settings": {name: value for name, value in vars(args).items() if name != "json"},
     }
     print(json.dumps(report), flush=True)
-    report["patterns"] = patterns(dense, prompt, args.prompts, args.tokens)
-    gc.collect()
-    torch.cuda.empty_cache()
     report["activations"] = activations(dense, data, prompt, args.methods, args.sparsities, args.tokens)
+    report["patterns"] = patterns(dense, prompt, args.prompts, args.tokens)
     if args.json is not None:
         args.json.write_text(json.dumps(report, indent=2) + "\n")
     return 0

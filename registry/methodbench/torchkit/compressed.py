@@ -267,11 +267,9 @@ class StructuredWeight:
         flat = F.pad(flat, (0, 0, 0, -rows % self.ROWS))
         key = (self.packed.device, self.packed.dtype, *self.packed.shape, *flat.shape)
         if key not in self._algorithms:
-            self._algorithms[key] = torch._cslt_sparse_mm_search(self.packed, flat.t(), transpose_result=True)
-        y = torch._cslt_sparse_mm(
-            self.packed, flat.t(), bias=bias, alg_id=self._algorithms[key], transpose_result=True
-        )
-        return y[:rows].view(*x.shape[:-1], -1)
+            self._algorithms[key] = torch._cslt_sparse_mm_search(self.packed, flat.t())
+        y = torch._cslt_sparse_mm(self.packed, flat.t(), bias=bias, alg_id=self._algorithms[key])
+        return y.t()[:rows].unflatten(0, x.shape[:-1])
 
 
 @contextmanager

@@ -70,7 +70,7 @@ def _nm_gemv(  # type: ignore[no-untyped-def]
         fourth = tl.load(x_ptr + group + 3, mask=inside, other=0.0).to(tl.float32)
         where = row.to(tl.int64)[:, None] * columns + column[None, :]
         kept = valid[:, None] & inside[None, :]
-        byte = tl.load(places_ptr + where, mask=kept, other=0, eviction_policy="evict_first").to(tl.int32)
+        byte = tl.load(places_ptr + where, mask=kept, other=0).to(tl.int32)
         a += _plane(values_ptr, byte, first, second, third, fourth, where, kept, stride, 0)
         b += _plane(values_ptr, byte, first, second, third, fourth, where, kept, stride, 1)
         c += _plane(values_ptr, byte, first, second, third, fourth, where, kept, stride, 2)
