@@ -23,22 +23,33 @@ _SOURCE = r"""
 #include <cstdint>
 #include <cstring>
 #include <vector>
-#ifdef __AVX512F__
-#include <immintrin.h>
 
-static inline __m512 load(const float* from) { return _mm512_loadu_ps(from); }
-static inline __m512 load(const uint16_t* from) {
-  const __m256i narrow = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow), 16));
+// Sixteen numbers at a time, in the widest registers that the processor has. Loops are not left to the compiler: with
+// the flags that it gets it does not vectorize them.
+typedef float wide __attribute__((vector_size(64)));
+typedef uint32_t wide_bits __attribute__((vector_size(64)));
+typedef uint16_t narrow_bits __attribute__((vector_size(32)));
+
+static inline wide load(const float* from) {
+  wide values;
+  std::memcpy(&values, from, sizeof values);
+  return values;
 }
-#endif
+static inline wide load(const uint16_t* from) {
+  narrow_bits narrow;
+  std::memcpy(&narrow, from, sizeof narrow);
+  const wide_bits bits = __builtin_convertvector(narrow, wide_bits) << 16;
+  wide values;
+  std::memcpy(&values, &bits, sizeof values);
+  return values;
+}
 
 static inline float widen(float value) { return value; }
 static inline float widen(uint16_t value) {
   const uint32_t bits = static_cast<uint32_t>(value) << 16;
-  float wide;
-  std::memcpy(&wide, &bits, sizeof wide);
-  return wide;
+  float wider;
+  std::memcpy(&wider, &bits, sizeof wider);
+  return wider;
 }
 static inline void store(float value, float* to) { *to = value; }
 static inline void store(float value, uint16_t* to) {
@@ -48,25 +59,17 @@ static inline void store(float value, uint16_t* to) {
   *to = static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
-// sums[o] += sum over eight columns of value * column[o], for o in [low, high).
-template <class T>
-static void eight(const T* const* column, const float* value, int64_t low, int64_t high, float* __restrict__ sums) {
+// sums[o] += sum over COUNT columns of value * column[o], for o in [low, high).
+template <int COUNT, class T>
+static void add(const T* const* column, const float* value, int64_t low, int64_t high, float* __restrict__ sums) {
   int64_t o = low;
-#ifdef __AVX512F__
-  // Compilers widen bfloat16 by shuffles, which take longer than the loads.
-  __m512 wide[8];
-  for (int c = 0; c < 8; ++c) wide[c] = _mm512_set1_ps(value[c]);
   for (; o + 16 <= high; o += 16) {
-    __m512 sum = _mm512_loadu_ps(sums + o);
-    for (int c = 0; c < 8; ++c) sum = _mm512_fmadd_ps(wide[c], load(column[c] + o), sum);
-    _mm512_storeu_ps(sums + o, sum);
+    wide sum = load(sums + o);
+    for (int c = 0; c < COUNT; ++c) sum += value[c] * load(column[c] + o);
+    std::memcpy(sums + o, &sum, sizeof sum);
   }
-#endif
-#pragma omp simd
-  for (int64_t j = o; j < high; ++j)
-    sums[j] += value[0] * widen(column[0][j]) + value[1] * widen(column[1][j]) + value[2] * widen(column[2][j]) +
-               value[3] * widen(column[3][j]) + value[4] * widen(column[4][j]) + value[5] * widen(column[5][j]) +
-               value[6] * widen(column[6][j]) + value[7] * widen(column[7][j]);
+  for (; o < high; ++o)
+    for (int c = 0; c < COUNT; ++c) sums[o] += value[c] * widen(column[c][o]);
 }
 
 // The outputs [low, high) of a product; sums has an entry for every output.
@@ -83,21 +86,24 @@ static void span(const T* table, int64_t outputs, int64_t low, int64_t high, con
       column[c] = table + index[i + c] * outputs;
       value[c] = widen(x[index[i + c]]);
     }
-    eight(column, value, low, high, sums);
+    add<8>(column, value, low, high, sums);
   }
   for (; i < count; ++i) {
-    const T* a = table + index[i] * outputs;
-    const float p = widen(x[index[i]]);
-#pragma omp simd
-    for (int64_t o = low; o < high; ++o) sums[o] += p * widen(a[o]);
+    const T* column = table + index[i] * outputs;
+    const float value = widen(x[index[i]]);
+    add<1>(&column, &value, low, high, sums);
   }
 }
 
 static std::vector<int64_t> positions(const uint8_t* active, int64_t count) {
-  std::vector<int64_t> found;
-  found.reserve(count);
-  for (int64_t j = 0; j < count; ++j)
-    if (active[j]) found.push_back(j);
+  // Without a branch, which no processor could foresee.
+  std::vector<int64_t> found(count + 1);
+  int64_t kept = 0;
+  for (int64_t j = 0; j < count; ++j) {
+    found[kept] = j;
+    kept += active[j] != 0;
+  }
+  found.resize(kept);
   return found;
 }
 
@@ -126,9 +132,14 @@ static void rows(const T* weight, const T* x, const uint8_t* active, T* y, int64
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
   for (int64_t i = 0; i < count; ++i) {
     const T* row = weight + index[i] * inputs;
+    wide sums[2] = {};
+    int64_t j = 0;
+    for (; j + 32 <= inputs; j += 32)
+      for (int half = 0; half < 2; ++half) sums[half] += load(row + j + 16 * half) * load(x + j + 16 * half);
     float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t j = 0; j < inputs; ++j) sum += widen(row[j]) * widen(x[j]);
+    for (; j < inputs; ++j) sum += widen(row[j]) * widen(x[j]);
+    sums[0] += sums[1];
+    for (int lane = 0; lane < 16; ++lane) sum += sums[0][lane];
     store(sum, y + index[i]);
   }
 }
