@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from methodbench.context import Context
 from methodbench.errors import NotApplicableError
+from methodbench.torchkit.activation_sparsity import TopK, block_linears, mask_inputs, sites
 from methodbench.torchkit.model import LoadedModel
 from methodbench_quant import decode
 from methodbench_quant.decode import decode_rate, paired_rates
@@ -54,6 +55,15 @@ def test_both_models_decode_greedily_what_they_do_without_a_cache(lettered: Load
     assert [len(found) for found in rates] == [3, 3]
     assert min(min(found) for found in rates) > 0
     assert decode_rate(lettered.module, prompt, 6, 2).ids == ids[1]
+
+
+def test_what_is_zeroed_is_counted_in_one_pass_without_the_clock(lettered: LoadedModel) -> None:
+    sparse = lettered.clone()
+    mask_inputs(sparse, {name: TopK(8) for name in block_linears(sparse)}, "all")
+    prompt = torch.tensor([[3, 14, 15, 9, 26, 53, 5]])
+    paired_rates(sparse.module, lettered.module, prompt, 6, 3)
+    assert {site.tokens for site in sites(sparse.module).values()} == {7 + 6}
+    assert all(site.counting for site in sites(sparse.module).values())
 
 
 def test_the_speedup_is_the_ratio_of_a_repeat_and_repeats_alternate(

@@ -29,6 +29,7 @@ from methodbench.torchkit.activation_sparsity import (
     observed,
     site_sparsity,
     sites,
+    uncounted,
 )
 from methodbench.torchkit.model import Calibration, LoadedModel
 
@@ -156,6 +157,17 @@ def test_no_token_touched_is_no_sparsity() -> None:
     assert facts["sparsity_model"] == facts["sparsity_touched_tokens"] == 0
     assert "sparsity_inputs" not in facts
     assert measured(planted.build("llama")) == {}
+
+
+def test_what_runs_uncounted_leaves_no_trace() -> None:
+    model = planted.build("llama")
+    mask_inputs(model, {name: TopK(64) for name in block_linears(model)}, "all")
+    facts = counted(model, tokens())
+    with uncounted(model.module):
+        masked = planted.output(model.module, tokens())
+    assert measured(model) == facts
+    assert torch.equal(planted.output(model.module, tokens()), masked)
+    assert {site.tokens for site in sites(model.module).values()} == {2 * tokens().numel()}
 
 
 def test_counts_start_anew_and_a_clone_counts_for_itself() -> None:
