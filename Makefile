@@ -39,10 +39,12 @@ site: $(STAMP)
 clean:
 	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-# uv installs from its own cache in seconds; where there is no uv for a platform, pip does the same more slowly.
+# uv installs from its own cache in seconds; where there is no uv for a platform, pip does the same more slowly. Quantus
+# names a build of OpenCV whose files are those of the headless one, on which it runs as well.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN)/python -m pip install --quiet --disable-pip-version-check uv \
 	  && $(RUN)/uv pip install --quiet --python $(RUN)/python --constraints constraints.txt --editable '.[all,dev,docs]' \
 	  || $(RUN)/python -m pip install --quiet --constraint constraints.txt --editable '.[all,dev,docs]'
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check --no-deps --constraint constraints.txt quantus cachetools
 	touch $@

@@ -3,8 +3,8 @@
 Localization, sparseness, the filling of ROAD and the randomization test are the same. ROAD and infidelity are defined
 otherwise there; the tests say how, and that nothing else differs.
 
-It is no requirement of the tests: it brings a build of OpenCV whose files are those of the headless one that the vision
-extra asks for.
+No extra asks for it, since it names a build of OpenCV whose files are those of the headless one that the vision extra
+has; ``make`` installs it without.
 """
 
 from __future__ import annotations

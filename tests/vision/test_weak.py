@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,9 +14,13 @@ from torch import Tensor, nn
 
 from methodbench.context import Context
 from methodbench.errors import NotApplicableError, ParameterError
+from methodbench_vision.baselines import CentreGaussian, FullImage, OracleMask, RandomMap
+from methodbench_vision.grad_cam import GradCAM
 from methodbench_vision.models.shapes_cnn import PREPROCESS
 from methodbench_vision.tasks.images import normalize, procedural_images
-from methodbench_vision.tasks.weak import WeakLocalization, seeds_of
+from methodbench_vision.tasks.nuclei import NucleiInstances
+from methodbench_vision.tasks.scenes import nuclei
+from methodbench_vision.tasks.weak import SeedSegmentation, WeakLocalization, learned
 from methodbench_vision.weak.bas import BAS, Parts, against_negatives, largest_box, loss, suppress
 from methodbench_vision.weak.cam_seeds import CamSeeds
 from methodbench_vision.weak.networks import SmallCNN
@@ -154,8 +162,12 @@ def test_several_classes_per_picture_train_the_segmenting_variant(ctx: Context) 
 
 
 def test_predictors_without_maps_are_refused() -> None:
+    class Masks:
+        def fit(self, weak_labels: object, ctx: Context) -> Callable[[Tensor], Tensor]:
+            return lambda x: x
+
     with pytest.raises(NotApplicableError, match="no map"):
-        seeds_of(lambda x: x)
+        learned(Masks(), {}, Context())
 
 
 def test_the_task_reports_every_metric_of_its_entry(ctx: Context) -> None:
@@ -167,3 +179,51 @@ def test_the_task_reports_every_metric_of_its_entry(ctx: Context) -> None:
     )
     assert set(found.scores) == {metric.name for metric in entry.metrics}
     assert found.scores["top1-loc"].values.mean() <= found.scores["gt-known-loc"].values.mean()
+
+
+WEAK_TASKS = {
+    "boxes": WeakLocalization(images=12, train_images=8, validation_images=8),
+    "seeds": SeedSegmentation(images=12, train_images=4),
+    "nuclei": NucleiInstances(images=3, train_images=2),
+}
+
+
+def test_the_oracle_is_the_upper_end_of_weak_supervision(ctx: Context) -> None:
+    boxes, seeds, instances = (task.evaluate(OracleMask(), None, ctx).scores for task in WEAK_TASKS.values())
+    assert boxes["max-box-acc-v2"].values.tolist() == [1.0] * 12
+    assert boxes["pxap"].values == pytest.approx(100)
+    assert boxes["piou"].values == pytest.approx(1)
+    assert seeds["seed-miou"].values == pytest.approx(1)
+    assert seeds["image-miou"].values.tolist() == [1.0] * 12
+    assert seeds["wrong-class"].values.tolist() == [0.0] * 12
+    # A perfect mask does not part nuclei that touch.
+    assert instances["dice"].values.tolist() == [1.0] * 3
+    assert bool((instances["aji"].values < 1).all())
+    # It classifies nothing, and has no threshold of its own.
+    assert not {"accuracy", "top1-loc"} & set(boxes)
+    assert not {"classification", "seed-area"} & set(seeds)
+
+
+def test_what_knows_nothing_scores_what_chance_does(ctx: Context) -> None:
+    whole, noise, centre = (
+        {name: task.evaluate(control, None, ctx) for name, task in WEAK_TASKS.items()}
+        for control in (FullImage(), RandomMap(), CentreGaussian())
+    )
+    share = whole["boxes"].facts["object_share"]
+    # The precision of noise, and of the whole picture, is the share of the objects.
+    for found in (whole, noise):
+        assert found["boxes"].scores["pxap"].values == pytest.approx(100 * share, rel=0.05)
+    # One region, which is the whole picture: it overlaps with every nucleus.
+    share = (nuclei(0, 3, split="test").instances > 0).double().mean((1, 2)).numpy()
+    np.testing.assert_allclose(whole["nuclei"].scores["dice"].values, 2 * share / (1 + share))
+    assert whole["nuclei"].scores["pq"].values.tolist() == [0.0] * 3
+    # Objects lie near the centre of these pictures.
+    for found in (whole, noise):
+        assert centre["boxes"].scores["pxap"].values > found["boxes"].scores["pxap"].values
+        assert centre["seeds"].scores["seed-miou"].values > found["seeds"].scores["seed-miou"].values
+
+
+@pytest.mark.parametrize("task", WEAK_TASKS.values(), ids=WEAK_TASKS)
+def test_what_explains_a_model_has_none_here(task: Any, ctx: Context) -> None:
+    with pytest.raises(NotApplicableError, match="explains a trained model"):
+        task.evaluate(GradCAM(), None, ctx)

@@ -16,30 +16,31 @@ from methodbench.errors import NotApplicableError
 from methodbench.params import hyperparameters
 from methodbench.torchkit.model import LoadedModel
 from methodbench_vision.random_cam import drawn_per_image
+from methodbench_vision.tasks.maps import Blind
 
 
 @hyperparameters
-class RandomMap:
+class RandomMap(Blind):
     """Every pixel from U(0, 1), by seed and picture."""
 
     seed: Annotated[
         int, Field(ge=0, le=2**31 - 1, description="seed of the noise, joined with the picture")
     ] = 0
 
-    def explain(self, model: LoadedModel, x: Tensor, target: Tensor) -> Tensor:
+    def draw(self, x: Tensor) -> Tensor:
         """Return noise [B, H, W] for images ``x`` [B, C, H, W]."""
         return drawn_per_image(x, (x.shape[2], x.shape[3]), self.seed, 0, 1)
 
 
 @hyperparameters
-class CentreGaussian:
+class CentreGaussian(Blind):
     """A Gaussian around the centre of the picture."""
 
     sigma: Annotated[
         float, Field(gt=0, le=10, description="standard deviation, as a share of height and of width")
     ] = 0.25
 
-    def explain(self, model: LoadedModel, x: Tensor, target: Tensor) -> Tensor:
+    def draw(self, x: Tensor) -> Tensor:
         """Return the same map, highest in the centre, for each of ``x`` [B, C, H, W]: [B, H, W]."""
         rows, columns = (
             torch.exp(-(((torch.arange(n, device=x.device) + 0.5) / n - 0.5) ** 2) / (2 * self.sigma**2))
@@ -49,10 +50,10 @@ class CentreGaussian:
 
 
 @hyperparameters
-class FullImage:
+class FullImage(Blind):
     """One everywhere."""
 
-    def explain(self, model: LoadedModel, x: Tensor, target: Tensor) -> Tensor:
+    def draw(self, x: Tensor) -> Tensor:
         """Return ones [B, H, W] for images ``x`` [B, C, H, W]."""
         return x.new_ones((len(x), x.shape[2], x.shape[3]), dtype=torch.float32)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -17,6 +18,19 @@ from methodbench.torchkit.model import LoadedModel, Preprocess
 _TOLERANCE = 1e-4
 #: Pictures that a record shows.
 _SHOWN = 3
+
+
+@runtime_checkable
+class Blind(Explainer, Protocol):
+    """An explainer that looks at no model: what a map is worth that knows nothing."""
+
+    def draw(self, x: Tensor) -> Tensor:
+        """Return maps float32 [B, H, W] in [0, 1] for normalized images ``x`` [B, C, H, W]."""
+        ...
+
+    def explain(self, model: LoadedModel, x: Tensor, target: Tensor) -> Tensor:
+        """Return what :meth:`draw` does, whatever the model and the classes ``target`` [B] are."""
+        return self.draw(x)
 
 
 def preprocess_of(model: LoadedModel) -> Preprocess:
@@ -72,6 +86,29 @@ def timed_maps(
             f"{name}.explain returned values from {low:.3g} to {high:.3g}", "Maps must lie in [0, 1]."
         )
     return maps, seconds
+
+
+def control_maps(method: Explainer, x: Tensor, masks: Tensor) -> Tensor:
+    """Return maps [B, K, H, W] of a control, where there is no model that could be explained.
+
+    A control that looks at no model draws one map for all K classes; an oracle is handed the mask of each.
+
+    Args:
+        method: see above.
+        x: normalized images [B, C, H, W].
+        masks: bool [B, K, H, W].
+
+    Raises:
+        NotApplicableError: the method explains a model.
+    """
+    if isinstance(method, Oracle):
+        return method.explain_known(masks.flatten(0, 1)).view(masks.shape)
+    if isinstance(method, Blind):
+        return method.draw(x)[:, None].expand(masks.shape)
+    raise NotApplicableError(
+        f"{type(method).__name__} explains a trained model, and this task brings pictures with weak labels alone",
+        "Run it on a task that takes a model; controls that look at none run here.",
+    )
 
 
 def shown(images: Tensor, maps: Tensor | np.ndarray, names: Sequence[str]) -> list[Shown]:

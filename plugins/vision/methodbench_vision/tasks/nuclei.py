@@ -15,16 +15,17 @@ from typing import Annotated
 import numpy as np
 import torch
 from pydantic import Field
+from scipy.ndimage import label
 from torch import Tensor
 
 from methodbench.context import Context
 from methodbench.errors import MethodbenchError
 from methodbench.params import hyperparameters
-from methodbench.protocols import Evaluation, Scores, Segmenter
+from methodbench.protocols import Evaluation, Explainer, Scores, Segmenter
 from methodbench.torchkit.model import LoadedModel
 from methodbench_vision.models.shapes_cnn import PREPROCESS
 from methodbench_vision.tasks.images import Texture, normalize
-from methodbench_vision.tasks.maps import shown
+from methodbench_vision.tasks.maps import control_maps, shown
 from methodbench_vision.tasks.scenes import nuclei
 
 
@@ -43,21 +44,28 @@ class NucleiInstances:
     ] = 0.65
     texture: Texture = 1.0
 
-    def evaluate(self, method: Segmenter, model: LoadedModel | None, ctx: Context) -> Evaluation:
+    def evaluate(self, method: Segmenter | Explainer, model: LoadedModel | None, ctx: Context) -> Evaluation:
         """Train the method and compare its instances with the true ones.
 
+        Of a control, which learns nothing, they are the connected regions of its map: of an oracle, what a perfect
+        mask is worth that does not part nuclei that touch.
+
         Raises:
-            NotApplicableError: the method learns from other labels.
+            NotApplicableError: the method learns from other labels, or explains a model.
             MethodbenchError: what it predicts are no masks as large as the pictures.
         """
         drawn = {"jitter": self.jitter, "stain": self.stain, "texture": self.texture}
         seen = nuclei(self.image_seed, self.train_images, split="train", **drawn)
         data = nuclei(self.image_seed, self.images, split="test", **drawn)
-        with ctx.phase("fit"):
-            predictor = method.fit(
-                {"images": normalize(seen.images, PREPROCESS), "points": list(seen.points)}, ctx
-            )
-        found = predictor(normalize(data.images, PREPROCESS))
+        x = normalize(data.images, PREPROCESS)
+        predictor: object = None
+        if isinstance(method, Explainer):
+            found = regions(control_maps(method, x, data.instances[:, None] > 0)[:, 0])
+        else:
+            with ctx.phase("fit"):
+                weak = {"images": normalize(seen.images, PREPROCESS), "points": list(seen.points)}
+                predictor = learned = method.fit(weak, ctx)
+            found = learned(x)
         if found.shape != data.instances.shape or found.is_floating_point():
             raise MethodbenchError(
                 f"predicted instances are {found.dtype} {list(found.shape)}, not integers {list(data.instances.shape)}"
@@ -85,6 +93,11 @@ class NucleiInstances:
                 "data_digest": hashlib.sha256(data.images.numpy().tobytes()).hexdigest(),
             },
         )
+
+
+def regions(maps: Tensor) -> Tensor:
+    """Return the connected regions of maps [N, H, W] at 0.5 and above, int64 [N, H, W], numbered from 1 in each."""
+    return torch.from_numpy(np.stack([label(one)[0] for one in (maps >= 0.5).numpy()]).astype(np.int64))
 
 
 def dice(truth: np.ndarray, found: np.ndarray) -> float:

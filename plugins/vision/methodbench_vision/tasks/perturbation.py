@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 from scipy.sparse import coo_array
-from scipy.sparse.linalg import spsolve
+from scipy.sparse.linalg import splu
 from scipy.stats import rankdata
 from torch import Tensor, nn
 
@@ -173,8 +173,9 @@ def imputed(image: np.ndarray, missing: np.ndarray) -> np.ndarray:
     places.append(np.stack([np.arange(len(rows))] * 2))
     entries.append(diagonal)
     system = coo_array((np.concatenate(entries), tuple(np.concatenate(places, axis=1)))).tocsc()
-    solution = spsolve(system, known).reshape(len(rows), len(image))
-    filled[:, rows, columns] = solution.T
+    # Symmetric and dominated by its diagonal: it needs no pivots, and an order of its own keeps the factor sparser.
+    factor = splu(system, "MMD_AT_PLUS_A", diag_pivot_thresh=0, options={"SymmetricMode": True})
+    filled[:, rows, columns] = factor.solve(known).T
     return filled
 
 

@@ -6,12 +6,16 @@ seeds as IRN (Ahn et al., CVPR 2019) and MCTformer (Xu et al., CVPR 2022) do::
 
     label(t) = argmax of a plane of constant t and the maps of the classes that are present
     IoU_k    = TP_k / (GT_k + Pred_k - TP_k) over the pixels of all pictures,     mIoU = mean over K + 1 classes
+
+Both take controls too, which learn nothing: explainers that look at no model, and the oracle. What asks whether the
+classes were told right has no score for them.
 """
 
 from __future__ import annotations
 
 import hashlib
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -21,7 +25,7 @@ from torch import Tensor
 from methodbench.context import Context
 from methodbench.errors import MethodbenchError, NotApplicableError
 from methodbench.params import hyperparameters
-from methodbench.protocols import Evaluation, Scores, Segmenter
+from methodbench.protocols import Evaluation, Explainer, Scores, Segmenter
 from methodbench.torchkit.model import LoadedModel
 from methodbench_vision.models.shapes_cnn import PREPROCESS
 from methodbench_vision.tasks.images import (
@@ -32,7 +36,7 @@ from methodbench_vision.tasks.images import (
     procedural_images,
 )
 from methodbench_vision.tasks.localization import pointing
-from methodbench_vision.tasks.maps import shown
+from methodbench_vision.tasks.maps import control_maps, shown
 from methodbench_vision.tasks.scenes import scenes
 from methodbench_vision.tasks.wsol import (
     DELTAS,
@@ -70,40 +74,42 @@ class WeakLocalization:
         float, Field(gt=0, le=0.5, description="distance of the thresholds on maps in [0, 1]")
     ] = 0.02
 
-    def evaluate(self, method: Segmenter, model: LoadedModel | None, ctx: Context) -> Evaluation:
+    def evaluate(self, method: Segmenter | Explainer, model: LoadedModel | None, ctx: Context) -> Evaluation:
         """Train the method and score its maps of the true class.
 
         Raises:
-            NotApplicableError: the method learns from other labels, or hands back no maps.
+            NotApplicableError: the method learns from other labels, hands back no maps, or explains a model.
         """
         drawn = {"texture": self.texture, "difficulty": self.difficulty}
         seen = procedural_images(self.image_seed, self.train_images, split="train", **drawn)
         data = procedural_images(self.image_seed, self.images, split="test", **drawn)
         x = normalize(seen.images, PREPROCESS)
-        with ctx.phase("fit"):
-            predictor = seeds_of(method.fit({"images": x, "labels": seen.labels}, ctx))
+        predictor = learned(method, {"images": x, "labels": seen.labels}, ctx)
         thresholds = np.arange(0, 1, self.threshold_step)
-        maps, scores = _of_class(predictor, normalize(data.images, PREPROCESS), data.labels)
-        known, _ = _of_class(predictor, x[: self.validation_images], seen.labels[: self.validation_images])
+        maps, classes = _of_class(predictor, normalize(data.images, PREPROCESS), data.labels, data.objects)
+        some = slice(self.validation_images)
+        known, _ = _of_class(predictor, x[some], seen.labels[some], seen.objects[some])
         boxes = data.boxes[:, None].numpy()
         single = best_ious(maps, boxes, thresholds, multiple=False)
         every = best_ious(maps, boxes, thresholds, multiple=True)
-        chosen_boxes = seen.boxes[: self.validation_images, None].numpy()
+        chosen_boxes = seen.boxes[some, None].numpy()
         chosen = int((best_ious(known, chosen_boxes, thresholds, multiple=False) >= 0.5).mean(0).argmax())
         found = single[:, chosen] >= 0.5
-        right = (scores.argmax(1) == data.labels).numpy()
         masks = data.objects.numpy()
+        scores = {
+            "max-box-acc-v2": Scores(np.mean([hits(every, delta) for delta in DELTAS], axis=0)),
+            "max-box-acc": Scores(hits(single, 0.5)),
+            "gt-known-loc": Scores(found.astype(np.float64)),
+            "pxap": Scores(np.array([pixel_average_precision(maps, masks)])),
+            "piou": Scores(np.array([pooled_iou(maps, masks, thresholds)])),
+            "pointing-object": Scores(pointing(torch.from_numpy(maps), data.objects).numpy()),
+        }
+        if classes is not None:
+            right = (classes.argmax(1) == data.labels).numpy()
+            scores["top1-loc"] = Scores((found & right).astype(np.float64))
+            scores["accuracy"] = Scores(right.astype(np.float64))
         return Evaluation(
-            scores={
-                "max-box-acc-v2": Scores(np.mean([hits(every, delta) for delta in DELTAS], axis=0)),
-                "max-box-acc": Scores(hits(single, 0.5)),
-                "gt-known-loc": Scores(found.astype(np.float64)),
-                "top1-loc": Scores((found & right).astype(np.float64)),
-                "pxap": Scores(np.array([pixel_average_precision(maps, masks)])),
-                "piou": Scores(np.array([pooled_iou(maps, masks, thresholds)])),
-                "pointing-object": Scores(pointing(torch.from_numpy(maps), data.objects).numpy()),
-                "accuracy": Scores(right.astype(np.float64)),
-            },
+            scores=scores,
             series={"box-acc-by-threshold": (single >= 0.5).mean(0)},
             pictures=shown(data.images, maps, [SHAPES_CLASSES[k] for k in data.labels]),
             facts={
@@ -116,12 +122,16 @@ class WeakLocalization:
         )
 
 
-def seeds_of(predictor: object) -> Seeds:
-    """Return what a method's ``fit`` handed back, if it has maps and not only masks.
+def learned(method: Segmenter | Explainer, weak_labels: Mapping[str, Any], ctx: Context) -> Seeds | Explainer:
+    """Return what a method learns from weak labels; a control, which learns nothing, as it is.
 
     Raises:
-        NotApplicableError: it has none.
+        NotApplicableError: it learns from other labels, or masks alone and no map per class.
     """
+    if isinstance(method, Explainer):
+        return method
+    with ctx.phase("fit"):
+        predictor = method.fit(weak_labels, ctx)
     if not isinstance(predictor, Seeds):
         raise NotApplicableError(
             f"the predictor, {type(predictor).__name__}, gives masks and no map per class",
@@ -130,15 +140,27 @@ def seeds_of(predictor: object) -> Seeds:
     return predictor
 
 
-def _of_class(predictor: Seeds, x: Tensor, labels: Tensor) -> tuple[np.ndarray, Tensor]:
+def _of_class(
+    predictor: Seeds | Explainer, x: Tensor, labels: Tensor, objects: Tensor
+) -> tuple[np.ndarray, Tensor | None]:
     """Return the maps of the classes ``labels`` [N], float64 [N, H, W] in [0, 1], and all scores [N, K]."""
-    maps, scores = _checked(predictor, x)
+    masks = objects[:, None].expand(-1, len(SHAPES_CLASSES), -1, -1)
+    maps, scores = _checked(predictor, x, masks)
     chosen = maps[torch.arange(len(x)), labels].double().numpy()
     return np.stack([scaled(one) for one in chosen]), scores
 
 
-def _checked(predictor: Seeds, x: Tensor) -> tuple[Tensor, Tensor]:
-    maps, scores = predictor.maps(x)
+def _checked(predictor: Seeds | Explainer, x: Tensor, masks: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return the maps [N, K, H, W] of all classes and their scores [N, K], which a control does not have.
+
+    Args:
+        predictor: what :func:`learned` returns.
+        x: normalized images [N, 3, H, W].
+        masks: what an oracle is told, bool [N, K, H, W].
+    """
+    maps, scores = (
+        predictor.maps(x) if isinstance(predictor, Seeds) else (control_maps(predictor, x, masks), None)
+    )
     if maps.ndim != 4 or maps.shape[2:] != x.shape[2:] or not bool(maps.isfinite().all()):
         raise MethodbenchError(
             f"maps are {tuple(maps.shape)}, not finite [N, K, H, W] as large as the picture"
@@ -171,11 +193,11 @@ class SeedSegmentation:
     threshold_step: Annotated[float, Field(gt=0, le=0.3, description="distance of background scores")] = 0.02
     threshold_end: Annotated[float, Field(gt=0, le=1, description="background scores end before it")] = 0.9
 
-    def evaluate(self, method: Segmenter, model: LoadedModel | None, ctx: Context) -> Evaluation:
+    def evaluate(self, method: Segmenter | Explainer, model: LoadedModel | None, ctx: Context) -> Evaluation:
         """Train the method, cut its maps at every threshold, score the labels.
 
         Raises:
-            NotApplicableError: the method learns from other labels, or hands back no maps.
+            NotApplicableError: the method learns from other labels, hands back no maps, or explains a model.
         """
         drawn = {
             "together": self.together,
@@ -185,10 +207,10 @@ class SeedSegmentation:
         }
         seen = scenes(self.image_seed, self.train_images, split="train", **drawn)
         data = scenes(self.image_seed, self.images, split="test", **drawn)
-        with ctx.phase("fit"):
-            weak = {"images": normalize(seen.images, PREPROCESS), "labels": seen.labels}
-            predictor = seeds_of(method.fit(weak, ctx))
-        maps, scores = _checked(predictor, normalize(data.images, PREPROCESS))
+        weak = {"images": normalize(seen.images, PREPROCESS), "labels": seen.labels}
+        predictor = learned(method, weak, ctx)
+        masks = data.masks[:, None] == torch.arange(1, data.labels.shape[1] + 1)[:, None, None]
+        maps, classes = _checked(predictor, normalize(data.images, PREPROCESS), masks)
         thresholds = np.arange(0, self.threshold_end, self.threshold_step)
         truth, present = data.masks.numpy(), data.labels.numpy()
         tables = confusions(maps.double().numpy(), present, truth, thresholds)
@@ -196,21 +218,22 @@ class SeedSegmentation:
         best = int(pooled.argmax())
         # A picture of several classes is shown with the map of its first one.
         first = data.labels.int().argmax(1)
-        right = ((scores > 0) == data.labels).double().mean(1)
-        area = (labelled(maps, data.labels, predictor.threshold) > 0).double().mean((1, 2))
         unions = tables[best].sum(0)
         hit, wanted, drawn_ = _parts(unions)
         union = (wanted + drawn_ - hit)[1:].sum()
+        scores = {
+            "seed-miou": Scores(pooled[best : best + 1]),
+            "image-miou": Scores(np.array([miou(table[None])[0] for table in tables[best]])),
+            "wrong-class": Scores(np.array([_wrong_class(table) for table in tables[best]])),
+            "over-activation": Scores(((drawn_ - hit)[1:].sum() / union)[None]),
+            "under-activation": Scores(((wanted - hit)[1:].sum() / union)[None]),
+        }
+        if isinstance(predictor, Seeds) and classes is not None:
+            scores["classification"] = Scores(((classes > 0) == data.labels).double().mean(1).numpy())
+            covered = labelled(maps, data.labels, predictor.threshold) > 0
+            scores["seed-area"] = Scores(covered.double().mean((1, 2)).numpy())
         return Evaluation(
-            scores={
-                "seed-miou": Scores(pooled[best : best + 1]),
-                "image-miou": Scores(np.array([miou(table[None])[0] for table in tables[best]])),
-                "wrong-class": Scores(np.array([_wrong_class(table) for table in tables[best]])),
-                "over-activation": Scores(((drawn_ - hit)[1:].sum() / union)[None]),
-                "under-activation": Scores(((wanted - hit)[1:].sum() / union)[None]),
-                "classification": Scores(right.numpy()),
-                "seed-area": Scores(area.numpy()),
-            },
+            scores=scores,
             series={"seed-miou-by-threshold": pooled},
             pictures=shown(
                 data.images, maps[torch.arange(len(maps)), first], [SHAPES_CLASSES[k] for k in first]

@@ -7,7 +7,7 @@ from methodbench.entries import Metric, Task
 TASKS: list[Task] = [
     Task(
         name="shapes-weak-localization",
-        kinds=("segmenter",),
+        kinds=("segmenter", "explainer"),
         impl="methodbench_vision.tasks.weak:WeakLocalization",
         summary="Whether a map learned from one class per picture covers the object: MaxBoxAcc, GT-known and top-1 "
         "localization on procedural pictures with exact boxes and masks.",
@@ -28,7 +28,7 @@ TASKS: list[Task] = [
     ),
     Task(
         name="shapes-wsss",
-        kinds=("segmenter",),
+        kinds=("segmenter", "explainer"),
         impl="methodbench_vision.tasks.weak:SeedSegmentation",
         summary="Seeds of semantic segmentation learned from the classes of whole pictures: mIoU at the best "
         "background score, on procedural pictures of several objects whose classes come together.",
@@ -48,7 +48,7 @@ TASKS: list[Task] = [
     ),
     Task(
         name="nuclei",
-        kinds=("segmenter",),
+        kinds=("segmenter", "explainer"),
         impl="methodbench_vision.tasks.nuclei:NucleiInstances",
         summary="Instances of touching nuclei learned from one jittered point each, on procedural tissue.",
         metrics=(
