@@ -12,7 +12,14 @@ from torch import Tensor
 from methodbench.errors import DivergedError
 from methodbench.torchkit.adapters import detect
 from methodbench.torchkit.model import LoadedModel
-from methodbench_vision.eigen_cam import EigenCAM, Sign, Variant, first_projection
+from methodbench_vision.eigen_cam import (
+    EigenCAM,
+    Sign,
+    Variant,
+    _top_by_eigh,
+    _top_by_squaring,
+    first_projection,
+)
 from methodbench_vision.grad_cam import GradCAM
 from methodbench_vision.models.shapes_cnn import ShapesNet
 
@@ -83,6 +90,31 @@ def test_a_pattern_on_one_channel_is_returned_without_its_mean() -> None:
     maps[:, 4] = pattern
     assert_equal_up_to_sign(first_projection(maps), pattern - pattern.mean())
     assert_equal_up_to_sign(first_projection(maps, "paper"), pattern)
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=seeds, gap=st.floats(1e-5, 1), scale=st.floats(1e-12, 1e12))
+def test_high_powers_find_the_vector_that_the_decomposition_does(seed: int, gap: float, scale: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    basis = torch.linalg.qr(torch.randn(3, 24, 24, generator=generator, dtype=torch.float64)).Q
+    values = torch.rand(3, 24, generator=generator, dtype=torch.float64)
+    values[:, 0], values[:, 1] = 1 + gap, 1
+    gram = scale * (basis * values[:, None]) @ basis.mT
+    expected, found = _top_by_eigh(gram), _top_by_squaring(gram)
+    torch.testing.assert_close((expected * found).sum(1).abs(), torch.ones(3).double(), atol=1e-9, rtol=0)
+    assert bool((_top_by_squaring(torch.zeros_like(gram)) == 0).all())
+
+
+def test_the_number_of_threads_changes_no_sign() -> None:
+    maps = feature_maps(3, (12, 6, 2)).repeat(4, 1, 1, 1)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        several = first_projection(maps)
+        torch.set_num_threads(1)
+        assert torch.equal(first_projection(maps), several)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_per_channel_adds_up_row_sums_times_each_channels_own_direction() -> None:
