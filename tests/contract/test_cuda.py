@@ -105,3 +105,15 @@ def test_explainer_runs_on_a_gpu(name, kind):
         pytest.skip(error.message)
     assert maps.shape == (4, *seen.images.shape[2:])
     assert bool(torch.isfinite(maps).all())
+
+
+@pytest.mark.parametrize("variant", ["centered", "paper"])
+@pytest.mark.parametrize("sign", ["raw", "flip", "corr"])
+def test_principal_components_on_a_gpu_are_those_of_the_processor(variant, sign):
+    from methodbench_vision.eigen_cam import first_projection
+
+    maps = torch.rand(6, 24, 5, 4, generator=torch.Generator().manual_seed(0)) ** 4
+    expected = first_projection(maps, variant, sign)
+    torch.testing.assert_close(
+        first_projection(maps.cuda(), variant, sign).cpu(), expected, atol=1e-4, rtol=1e-4
+    )
