@@ -105,18 +105,6 @@ def test_high_powers_find_the_vector_that_the_decomposition_does(seed: int, gap:
     assert bool((_top_by_squaring(torch.zeros_like(gram)) == 0).all())
 
 
-def test_the_number_of_threads_changes_no_sign() -> None:
-    maps = feature_maps(3, (12, 6, 2)).repeat(4, 1, 1, 1)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(3)
-        several = first_projection(maps)
-        torch.set_num_threads(1)
-        assert torch.equal(first_projection(maps), several)
-    finally:
-        torch.set_num_threads(before)
-
-
 def test_per_channel_adds_up_row_sums_times_each_channels_own_direction() -> None:
     maps = feature_maps(5, (1, 4, 6))
     for projection, channel in zip(first_projection(maps, "per_channel"), maps[:, 0], strict=True):

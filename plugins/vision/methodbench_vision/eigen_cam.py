@@ -18,7 +18,6 @@ The sign of a singular vector is arbitrary, and the ReLU then keeps either the o
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Literal
 
 import numpy as np
@@ -120,11 +119,10 @@ def _lapack_direction(x: Tensor) -> Tensor:
     """Return v_1 [B, C] of each X [B, N, C] with the sign that NumPy's LAPACK gives it.
 
     NumPy and torch may link different libraries, whose signs differ; the re-implementation uses NumPy. It decomposes
-    one matrix after the other, so that each of torch's threads takes some.
+    one matrix after the other, on the CPU.
     """
-    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-        vectors = threads.map(lambda one: np.linalg.svd(one, full_matrices=False)[2][0], x.cpu().numpy())
-        return torch.from_numpy(np.stack(list(vectors))).to(x)
+    vectors = np.linalg.svd(x.cpu().numpy(), full_matrices=False)[2][:, 0]
+    return torch.from_numpy(vectors).to(x)
 
 
 def _direction(x: Tensor) -> Tensor:
