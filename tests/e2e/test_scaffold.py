@@ -149,6 +149,7 @@ def tool_time(environment: Path, folder: Path, path: Sequence[str]) -> dict[str,
     return spent
 
 
+@pytest.mark.alone
 def test_a_stranger_needs_less_than_ten_commands_and_five_seconds_of_the_tool(
     environment: Path, tmp_path: Path
 ) -> None:
@@ -164,7 +165,6 @@ def test_a_stranger_needs_less_than_ten_commands_and_five_seconds_of_the_tool(
         spent = tool_time(environment, tmp_path / f"try-{number}", path)
         print("CPU seconds of the tool:", {name: round(value, 2) for name, value in spent.items()})
         assert spent.keys() == {"new", "check", "run", "site", "claims"}
-        # Five seconds is the aim of a machine without other work (3.8 there); beside some, 5.4 were seen.
-        if sum(spent.values()) < 6.5:
+        if sum(spent.values()) < 5:
             return
-    pytest.fail(f"the tool took more than 6.5 seconds four times, the last time with {spent}")
+    pytest.fail(f"the tool took more than 5 seconds four times, the last time with {spent}")

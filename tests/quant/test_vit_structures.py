@@ -61,8 +61,8 @@ STRUCTURES: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def method(name: str, bits: int | None = None) -> Any:
-    """Return a method, with weights and activations of some bits where they are given."""
+def method(name: str, bits: int | None = None, **changed: object) -> Any:
+    """Return a method, with weights and activations of some bits where they are given, and other fields changed."""
     (entry,) = [entry for entry in METHODS if entry.name == name]
     module, _, attribute = entry.impl.partition(":")
     kind = getattr(importlib.import_module(module), attribute)
@@ -71,7 +71,7 @@ def method(name: str, bits: int | None = None) -> Any:
         more = {"target_bits": bits, "product_bits": bits}
     elif bits is not None:
         more = {"w_bits": bits, "a_bits": bits}
-    return kind(**{**entry.check_params, **more})
+    return kind(**{**entry.check_params, **more, **changed})
 
 
 def entry_fields(kind: type) -> set[str]:
@@ -121,13 +121,13 @@ def test_fused_attention_makes_no_difference(name: str) -> None:
         model = loaded(STRUCTURES["class-token"])
         for block in model.adapter.blocks(model.module):
             block.get_submodule("attn").fused_attn = fused
-        quantized = method(name, bits=4).compress(model, images(), Context(seed=0))
+        # Learning rounds the last digits, in which the kernels of the float model differ, to other levels.
+        unlearned = {"iterations": 0} if name == "is-vit" else {}
+        quantized = method(name, bits=4, **unlearned).compress(model, images(), Context(seed=0))
         with torch.no_grad():
             outputs.append(quantized.module(images().inputs))
     first, second = outputs
-    # The float model that blocks are learned against is computed by another kernel, and learning may round the last
-    # digits of that to another level.
-    assert float((first - second).norm() / first.norm()) < {"is-vit": 0.2}.get(name, 0.01)
+    assert float((first - second).norm() / first.norm()) < 0.01
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from methodbench.errors import NotApplicableError
 from methodbench.torchkit.model import LoadedModel, set_submodule, set_weight
+from methodbench.torchkit.tracing import traced
 
 
 def fold_batchnorms(model: LoadedModel, images: Tensor) -> LoadedModel:
@@ -62,27 +62,9 @@ def batchnorms_behind(model: LoadedModel, images: Tensor) -> dict[str, nn.BatchN
 
 def _pairs(module: nn.Module, images: Tensor) -> dict[str, str]:
     """Return the convolution whose output each BatchNorm2d reads, by the norm's name."""
-    outputs: dict[int, tuple[str, Tensor]] = {}
-    pairs: dict[str, str] = {}
-
-    def write(name: str) -> Any:
-        def hook(_: nn.Module, __: Any, output: Tensor) -> None:
-            outputs[id(output)] = (name, output)
-
-        return hook
-
-    def read(name: str) -> Any:
-        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            if id(args[0]) in outputs:
-                pairs[name] = outputs[id(args[0])][0]
-
-        return hook
-
-    with ExitStack() as hooks, torch.no_grad():
-        for name, part in module.named_modules():
-            if isinstance(part, nn.Conv2d):
-                hooks.callback(part.register_forward_hook(write(name)).remove)
-            elif isinstance(part, nn.BatchNorm2d):
-                hooks.callback(part.register_forward_pre_hook(read(name)).remove)
-        module(images)
-    return pairs
+    return traced(
+        module,
+        images,
+        writers=lambda _, part: isinstance(part, nn.Conv2d),
+        readers=lambda _, part: isinstance(part, nn.BatchNorm2d),
+    ).writer_of

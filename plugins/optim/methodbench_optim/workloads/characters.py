@@ -168,8 +168,8 @@ class Text:
 
 
 @functools.cache
-def read_text(name: TextName) -> Text:
-    """Read a text and split it 8 : 1 : 1.
+def prose(name: TextName) -> str:
+    """Return a text: Shakespeare's plays from the data folder, or the topics of Python's documentation.
 
     Raises:
         SourceError: no data folder holds the text.
@@ -179,13 +179,21 @@ def read_text(name: TextName) -> Text:
         if path is None:
             raise SourceError(
                 "no data folder holds tinyshakespeare/input.txt",
-                "Set METHODBENCH_DATA, or read the text pydoc.",
+                "Set METHODBENCH_DATA, or choose another text: the others come with Python.",
             )
-        content = path.read_text(encoding="utf-8")
-    else:
-        from pydoc_data.topics import topics  # type: ignore[import-untyped,unused-ignore]
+        return path.read_text(encoding="utf-8")
+    from pydoc_data.topics import topics  # type: ignore[import-untyped,unused-ignore]
 
-        content = "\n".join(topics.values())
+    return "\n".join(topics.values())
+
+
+def read_text(name: TextName) -> Text:
+    """Read a text and split it 8 : 1 : 1.
+
+    Raises:
+        SourceError: no data folder holds the text.
+    """
+    content = prose(name)
     characters = "".join(sorted(set(content)))
     index = {character: number for number, character in enumerate(characters)}
     tokens = torch.tensor([index[character] for character in content])

@@ -86,31 +86,15 @@ class Digits:
             ctx.warn(
                 f"the best learning rate, {chosen.lr:.3g}, is at the edge of the search: try rates beyond"
             )
-        with torch.no_grad():
-            logits = course.module(data.test.images).double()
-        nll = F.cross_entropy(logits, data.test.labels, reduction="none")
-        reached = course.first(lambda look: look.accuracy >= self.target_accuracy)
+        scores, facts = tested(course, data, self.target_accuracy)
         return Evaluation(
-            scores={
-                "test-nll": Scores(nll.cpu().numpy()),
-                "test-accuracy": Scores((logits.argmax(-1) == data.test.labels).cpu().numpy()),
-                "validation-loss": Scores(np.array([course.final_loss])),
-                "steps-to-target": Scores(np.array([reached.step if reached else math.inf])),
-            },
+            scores=scores,
             series={"validation-loss": np.array(course.losses)},
             facts={
                 "chosen_lr": chosen.lr,
                 "trials": [trial.record() for trial in trials],
-                "target_accuracy": self.target_accuracy,
-                "seconds_to_target": reached.seconds if reached else None,
                 "evaluate_every": self.evaluate_every,
-                "pictures": {
-                    "train": len(data.train),
-                    "validation": len(data.validation),
-                    "test": len(data.test),
-                },
-                "data_digest": data.digest,
-                **course.facts(),
+                **facts,
             },
             throughput=(sum(trial.course.steps for trial in trials) / seconds, "steps/s"),
         )
@@ -171,6 +155,39 @@ class Data:
     validation: Pictures
     test: Pictures
     digest: str
+
+
+def tested(course: Course, data: Data, target_accuracy: float) -> tuple[dict[str, Scores], dict[str, object]]:
+    """Return the scores of a trained classifier of pictures, and what is told of every such training.
+
+    Args:
+        course: ``test-nll`` is in nats, per test picture; ``test-accuracy`` 0 or 1; ``validation-loss`` the last one;
+            ``steps-to-target`` the first step with the target's accuracy, infinite if there is none.
+        data: what it was trained on.
+        target_accuracy: on validation pictures.
+    """
+    with torch.no_grad():
+        logits = torch.cat([course.module(part) for part in data.test.images.split(500)]).double()
+    nll = F.cross_entropy(logits, data.test.labels, reduction="none")
+    reached = course.first(lambda look: look.accuracy >= target_accuracy)
+    scores = {
+        "test-nll": Scores(nll.cpu().numpy()),
+        "test-accuracy": Scores((logits.argmax(-1) == data.test.labels).cpu().numpy()),
+        "validation-loss": Scores(np.array([course.final_loss])),
+        "steps-to-target": Scores(np.array([reached.step if reached else math.inf])),
+    }
+    facts: dict[str, object] = {
+        "target_accuracy": target_accuracy,
+        "seconds_to_target": reached.seconds if reached else None,
+        "pictures": {
+            "train": len(data.train),
+            "validation": len(data.validation),
+            "test": len(data.test),
+        },
+        "data_digest": data.digest,
+        **course.facts(),
+    }
+    return scores, facts
 
 
 @dataclass(slots=True)

@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from methodbench.errors import DivergedError, SourceError
 from methodbench.params import hyperparameters
 from methodbench.protocols import Evaluation, Scores, TrainingMethod
-from methodbench.sources import data_path
 from methodbench_optim.baselines import AdamW
 from methodbench_optim.workloads.bases import trained_once
+from methodbench_optim.workloads.characters import prose
 from methodbench_optim.workloads.decoder import Decoder, token_loss
 from methodbench_optim.workloads.loop import Problem, schedule, train
 from methodbench_optim.workloads.sparsity import densities
@@ -216,22 +216,12 @@ def content(name: TextName) -> str:
     Raises:
         SourceError: no data folder holds it, or this Python comes without the source of its modules.
     """
-    if name == "shakespeare":
-        path = data_path("tinyshakespeare/input.txt")
-        if path is None:
-            raise SourceError(
-                "no data folder holds tinyshakespeare/input.txt",
-                "Set METHODBENCH_DATA, or fine-tune on programs.",
-            )
-        return path.read_text(encoding="utf-8")
-    if name == "programs":
-        try:
-            return "\n".join(inspect.getsource(importlib.import_module(module)) for module in PROGRAMS)
-        except OSError as error:
-            raise SourceError(f"this Python has no source of its modules: {error}") from error
-    from pydoc_data.topics import topics  # type: ignore[import-untyped,unused-ignore]
-
-    return "\n".join(topics.values())
+    if name != "programs":
+        return prose("shakespeare" if name == "shakespeare" else "pydoc")
+    try:
+        return "\n".join(inspect.getsource(importlib.import_module(module)) for module in PROGRAMS)
+    except OSError as error:
+        raise SourceError(f"this Python has no source of its modules: {error}") from error
 
 
 @torch.no_grad()

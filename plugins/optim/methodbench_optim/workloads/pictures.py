@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from methodbench.errors import DivergedError, SourceError
 from methodbench.params import hyperparameters
-from methodbench.protocols import Evaluation, OptimizerMethod, Scores, TrainingMethod
+from methodbench.protocols import Evaluation, OptimizerMethod, TrainingMethod
 from methodbench_optim.baselines import SGDM, AdamW
-from methodbench_optim.workloads.digits import Data, Pictures, load_digits, network
+from methodbench_optim.workloads.digits import Data, Pictures, load_digits, network, tested
 from methodbench_optim.workloads.loop import Course, Problem, batches, schedule, train
 from methodbench_optim.workloads.sparsity import densities
 
@@ -88,33 +88,17 @@ class TrainPictures:
             course = self.train(method, data, ctx)
         if math.isinf(course.final_loss):
             raise DivergedError(f"the loss is not finite after {course.steps} steps", "Lower lr.")
-        with torch.no_grad():
-            logits = torch.cat([course.module(part) for part in data.test.images.split(500)]).double()
-        nll = F.cross_entropy(logits, data.test.labels, reduction="none")
-        reached = course.first(lambda look: look.accuracy >= self.target_accuracy)
+        scores, facts = tested(course, data, self.target_accuracy)
         return Evaluation(
-            scores={
-                "test-nll": Scores(nll.cpu().numpy()),
-                "test-accuracy": Scores((logits.argmax(-1) == data.test.labels).cpu().numpy()),
-                "validation-loss": Scores(np.array([course.final_loss])),
-                "steps-to-target": Scores(np.array([reached.step if reached else math.inf])),
-            },
+            scores=scores,
             series={
                 "validation-loss": np.array(course.losses),
                 "validation-accuracy": np.array([look.accuracy for look in course.looks]),
             },
             facts={
-                "target_accuracy": self.target_accuracy,
-                "seconds_to_target": reached.seconds if reached else None,
                 "evaluate_every": self.evaluate_every,
-                "pictures": {
-                    "train": len(data.train),
-                    "validation": len(data.validation),
-                    "test": len(data.test),
-                },
-                "data_digest": data.digest,
                 **densities(course.module, data.test.images[:500]),
-                **course.facts(),
+                **facts,
             },
             throughput=(course.steps / course.looks[-1].seconds, "steps/s"),
         )

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from methodbench.errors import DivergedError, NotApplicableError
 from methodbench.torchkit.batchnorm import batchnorms_behind, fold_batchnorms
 from methodbench.torchkit.model import Calibration, LoadedModel, set_submodule, set_weight
 from methodbench.torchkit.quantizers import Quantized, require_finite
+from methodbench.torchkit.tracing import traced
 from methodbench_quant.learned_ranges import (
     Fitted,
     QuantizedLinear,
@@ -132,27 +133,13 @@ def relus_behind(module: nn.Module, layers: Sequence[str], images: Tensor) -> se
     Args:
         images: [B, C, H, W] for a forward pass.
     """
-    outputs: dict[int, tuple[str, Tensor]] = {}
-    found: set[str] = set()
-
-    def write(name: str) -> Any:
-        def hook(_: nn.Module, __: Any, output: Tensor) -> None:
-            outputs[id(output)] = (name, output)
-
-        return hook
-
-    def read(_: nn.Module, args: tuple[Any, ...]) -> None:
-        if args and id(args[0]) in outputs:
-            found.add(outputs[id(args[0])][0])
-
-    with ExitStack() as hooks, torch.no_grad():
-        for name, part in module.named_modules():
-            if name in layers:
-                hooks.callback(part.register_forward_hook(write(name)).remove)
-            elif isinstance(part, nn.ReLU | nn.ReLU6):
-                hooks.callback(part.register_forward_pre_hook(read).remove)
-        module(images)
-    return found
+    found = traced(
+        module,
+        images,
+        writers=lambda name, _: name in layers,
+        readers=lambda _, part: isinstance(part, nn.ReLU | nn.ReLU6),
+    )
+    return set(found.writer_of.values())
 
 
 def para_normalize(draft: Draft, norms: dict[str, nn.BatchNorm2d], images: Tensor, passes: int) -> None:

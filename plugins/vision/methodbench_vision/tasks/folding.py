@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from methodbench.torchkit.model import set_submodule
+from methodbench.torchkit.tracing import traced
 
 #: Largest difference of logits that folding may make, as a share of the largest logit.
 _ROUNDING = 1e-4
@@ -46,31 +47,14 @@ def folded(module: nn.Module, x: Tensor) -> nn.Module:
 
 def _pairs(module: nn.Module, x: Tensor) -> list[tuple[str, str]]:
     """Return names of convolutions and the norms whose input is their output, each used once."""
-    made: dict[int, str] = {}
-    kept: list[Tensor] = []
-    pairs: list[tuple[str, str]] = []
-    calls: dict[str, int] = {}
-
-    def note(name: str, layer: nn.Module, inputs: tuple[object, ...], output: object) -> None:
-        calls[name] = calls.get(name, 0) + 1
-        if isinstance(layer, nn.Conv2d) and isinstance(output, Tensor):
-            made[id(output)] = name
-            # Kept alive, so that no later tensor gets the same identity.
-            kept.append(output)
-        elif isinstance(layer, nn.BatchNorm2d) and inputs and id(inputs[0]) in made:
-            pairs.append((made[id(inputs[0])], name))
-
-    handles = [
-        layer.register_forward_hook(
-            lambda layer, inputs, output, name=name: note(name, layer, inputs, output)
-        )
-        for name, layer in module.named_modules()
-        if type(layer) in (nn.Conv2d, nn.BatchNorm2d)
+    found = traced(
+        module,
+        x,
+        writers=lambda _, layer: type(layer) is nn.Conv2d,
+        readers=lambda _, layer: type(layer) is nn.BatchNorm2d,
+    )
+    return [
+        (convolution, norm)
+        for norm, convolution in found.writer_of.items()
+        if found.calls[norm] == found.calls[convolution] == 1
     ]
-    try:
-        with torch.inference_mode():
-            module(x)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return [(first, second) for first, second in pairs if calls[first] == calls[second] == 1]
