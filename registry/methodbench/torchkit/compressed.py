@@ -244,8 +244,7 @@ class StructuredWeight:
     """A 2:4 weight in the form of cuSPARSELt, whose products run on the tensor cores: 9 bits per weight at 16 bits.
 
     The library has several algorithms for a product, and its own choice is often slower than the dense product, so the
-    fastest is searched for, once for every shape. Launching a product takes the host about half a millisecond (PyTorch
-    2.11), so that small ones pay inside of CUDA graphs alone. A search cannot be captured: call once before.
+    fastest is searched for, once for every shape. A search cannot be captured in a CUDA graph: call once before.
 
     Args:
         weight: dense [out, in] on CUDA, in 16 bits.
