@@ -25,6 +25,8 @@ SHOWN = {
     "shapes-wsol": ("max-box-acc-v2", "max-box-acc", "pxap"),
     "shapes-faithfulness": ("road", "sparseness", "infidelity"),
     "shapes-randomization": ("map-similarity-head", "map-similarity-all"),
+    "shapes-robustness": ("map-iou", "map-correlation"),
+    "shapes-several": ("seed-miou", "image-miou", "wrong-class"),
     "shapes-weak-localization": ("max-box-acc-v2", "max-box-acc", "pxap", "accuracy"),
     "shapes-wsss": (
         "seed-miou",

@@ -35,6 +35,16 @@ def digits_model(digits_folder: Path, ctx: Context) -> LoadedModel:
     return DigitsViT().load(digits_folder, ctx)
 
 
+@pytest.fixture(scope="session")
+def shapes_model(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    """The network of the procedural pictures, trained as its recipe says: a minute."""
+    from methodbench_vision.models.shapes_cnn import ShapesCNN
+
+    folder = tmp_path_factory.mktemp("shapes-cnn")
+    ShapesCNN().prepare(None, folder, Context())
+    return ShapesCNN().load(folder, Context())
+
+
 @pytest.fixture
 def real_file(request: pytest.FixtureRequest) -> Path:
     """The weights file of the model named by indirect parametrization; skips where it is absent."""

@@ -21,7 +21,8 @@ from methodbench_vision.layer_masking import (
     plain,
 )
 from methodbench_vision.models.cifar10 import CifarResNet
-from methodbench_vision.models.shapes_cnn import ShapesNet
+from methodbench_vision.models.shapes_cnn import PREPROCESS, ShapesNet
+from methodbench_vision.tasks.images import normalize, procedural_images
 
 ALL: tuple[Masking, ...] = ("layer", "partial", "black", "grey")
 
@@ -147,3 +148,25 @@ def test_lime_points_at_the_cells_that_the_network_reads(masking: Masking) -> No
     assert maps.shape == (1, 16, 16)
     assert float(maps[0, :4, :4].min()) == pytest.approx(1, abs=1e-4)
     assert float(maps[0, 8:].max()) < 0.3
+
+
+@pytest.mark.slow
+def test_hidden_backgrounds_change_fewer_answers_than_black_ones(shapes_model: LoadedModel) -> None:
+    """Hiding patches without an object in every layer leaves the answer, painting them black does not.
+
+    The grey of the network's mean is close to these backgrounds and leaves the answer too.
+    """
+    data = procedural_images(0, 200, split="test")
+    x = normalize(data.images, PREPROCESS)
+    whole = shapes_model.module(x).argmax(1)
+    free = F.max_pool2d(data.objects[:, None].float(), 16)[:, 0].flatten(1) == 0
+    order = torch.rand(free.shape, generator=torch.Generator().manual_seed(0)).masked_fill(~free, 2.0)
+    for share in (0.25, 0.5, 0.75, 1.0):
+        hidden = order.argsort(1).argsort(1) < (free.sum(1, keepdim=True) * share).round()
+        mask = F.interpolate((~hidden).view(-1, 1, 4, 4).float(), size=64)
+        layer, black, grey = (
+            float((masked_logits(shapes_model, x, mask, masking).argmax(1) == whole).double().mean())
+            for masking in ("layer", "black", "grey")
+        )
+        assert layer >= max(0.98, grey)
+        assert layer > black + 0.1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +17,7 @@ from methodbench.torchkit.adapters import detect
 from methodbench.torchkit.model import LoadedModel
 from methodbench_vision.eigen_cam import EigenCAM
 from methodbench_vision.grad_cam import GradCAM
-from methodbench_vision.models.shapes_cnn import PREPROCESS, ShapesCNN, ShapesNet
+from methodbench_vision.models.shapes_cnn import PREPROCESS, ShapesNet
 from methodbench_vision.random_cam import RandomCAM
 from methodbench_vision.tasks.explainer_entries import TASKS
 from methodbench_vision.tasks.images import procedural_images
@@ -133,10 +132,10 @@ def test_models_of_other_data_are_refused(model: LoadedModel) -> None:
 
 
 @pytest.mark.slow
-def test_on_a_trained_net_both_methods_beat_the_random_control(tmp_path: Path) -> None:
-    loader, ctx = ShapesCNN(), Context()
-    loader.prepare(None, tmp_path, ctx)
-    model = loader.load(tmp_path, ctx)
+def test_on_a_trained_net_both_methods_beat_the_random_control(
+    shapes_model: LoadedModel, ctx: Context
+) -> None:
+    model = shapes_model
     task = PointingGame()
     methods: dict[str, Explainer] = {
         "grad-cam": GradCAM(),

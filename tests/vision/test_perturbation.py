@@ -14,7 +14,7 @@ from methodbench.context import Context
 from methodbench.errors import NotApplicableError
 from methodbench.torchkit.adapters import detect
 from methodbench.torchkit.model import Calibration, LoadedModel
-from methodbench_vision.baselines import OracleMask, RandomMap
+from methodbench_vision.baselines import CentreGaussian, OracleMask, RandomMap
 from methodbench_vision.eigen_cam import EigenCAM
 from methodbench_vision.grad_cam import GradCAM
 from methodbench_vision.models.shapes_cnn import PREPROCESS, ShapesNet
@@ -24,14 +24,19 @@ from methodbench_vision.tasks.localization import TRAINING_DATA
 from methodbench_vision.tasks.perturbation import (
     Faithfulness,
     Randomization,
+    Robustness,
+    attack,
     cascade,
     gini,
     imputed,
     infidelity,
     rank_correlation,
     road,
+    soft_iou,
 )
 from methodbench_vision.tasks.probing import ImageProbing
+from methodbench_vision.tasks.scenes import scenes
+from methodbench_vision.tasks.several import SeveralClasses
 
 
 @pytest.fixture
@@ -136,6 +141,66 @@ def test_a_map_that_ignores_the_head_stays_when_the_logits_are_drawn_anew(model:
         task.evaluate(OracleMask(), model, Context())
 
 
+def test_an_attack_raises_the_loss_and_keeps_to_its_length(model: LoadedModel) -> None:
+    pixels = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([0, 1, 2, 3])
+    mean, std = (torch.tensor(values)[:, None, None] for values in (PREPROCESS.mean, PREPROCESS.std))
+    x = (pixels - mean) / std
+    moved = attack(model, x, labels, 2 / 255)
+    change = (moved * std + mean - pixels).abs()
+    assert float(change.max()) == pytest.approx(2 / 255, rel=1e-3)
+    assert float((change > 1e-4).double().mean()) > 0.9
+    shown = moved * std + mean
+    assert -1e-5 <= float(shown.min()) <= float(shown.max()) <= 1 + 1e-5
+    before, after = (
+        torch.nn.functional.cross_entropy(model.module(images), labels, reduction="none")
+        for images in (x, moved)
+    )
+    assert bool((after > before).all())
+    assert not x.requires_grad
+    assert all(parameter.grad is None for parameter in model.module.parameters())
+
+
+def test_overlap_of_maps_is_that_of_sets_where_they_are_sets() -> None:
+    a, b = torch.zeros(2, 4, 4), torch.zeros(2, 4, 4)
+    a[0, :2], b[0, 1:3] = 1, 1
+    assert soft_iou(a, b).tolist() == [pytest.approx(1 / 3), 1.0]
+    assert soft_iou(0.5 * a, a)[0] == pytest.approx(0.5)
+
+
+def test_maps_that_look_at_nothing_stay_under_attack(model: LoadedModel) -> None:
+    task = Robustness(images=6, batch_size=4)
+    centre, grad = (task.evaluate(method, model, Context()) for method in (CentreGaussian(), GradCAM()))
+    assert centre.scores["map-iou"].values == pytest.approx(1)
+    assert centre.scores["map-correlation"].values == pytest.approx(1)
+    assert float(grad.scores["map-iou"].values.mean()) < 1
+    assert centre.facts["answers_changed"] == grad.facts["answers_changed"]
+    with pytest.raises(NotApplicableError, match="oracle"):
+        task.evaluate(OracleMask(), model, Context())
+
+
+def test_classes_of_one_picture_are_explained_one_by_one(model: LoadedModel) -> None:
+    task = SeveralClasses(images=8, batch_size=3)
+    oracle, blind, grad = (
+        task.evaluate(method, model, Context()) for method in (OracleMask(), EigenCAM(sign="corr"), GradCAM())
+    )
+    (entry,) = (task for task in TASKS if task.name == "shapes-several")
+    assert set(oracle.scores) == {metric.name for metric in entry.metrics}
+    assert oracle.scores["seed-miou"].values == pytest.approx(1)
+    assert oracle.scores["wrong-class"].values.tolist() == [0.0] * 8
+    data = scenes(0, 8)
+    assert oracle.facts["maps"] == int(data.labels.sum()) > 8
+    # The same map for every class: all that is found goes to the first of them.
+    maps, _ = task.maps(EigenCAM(sign="corr"), model, data, Context())
+    several = data.labels.sum(1) > 1
+    for picture in several.nonzero()[:, 0].tolist():
+        shown = maps[picture, data.labels[picture]]
+        torch.testing.assert_close(shown, shown[:1].expand_as(shown), atol=1e-5, rtol=0)
+    assert bool((maps[~data.labels] == 0).all())
+    assert float(blind.scores["wrong-class"].values.mean()) > 0
+    assert grad.throughput is not None
+
+
 def test_the_tasks_report_every_metric(model: LoadedModel) -> None:
     entries = {task.name: task for task in TASKS}
     evaluations = {
@@ -143,6 +208,7 @@ def test_the_tasks_report_every_metric(model: LoadedModel) -> None:
             RandomMap(), model, Context()
         ),
         "shapes-randomization": Randomization(images=4).evaluate(GradCAM(), model, Context()),
+        "shapes-robustness": Robustness(images=4).evaluate(GradCAM(), model, Context()),
     }
     for name, evaluation in evaluations.items():
         assert set(evaluation.scores) == {metric.name for metric in entries[name].metrics}

@@ -121,6 +121,38 @@ TASKS: list[Task] = [
         data="builtin:procedural-shapes",
         extra="vision",
     ),
+    Task(
+        name="shapes-robustness",
+        kinds=("explainer",),
+        impl="methodbench_vision.tasks.perturbation:Robustness",
+        summary="How alike a map stays when the picture is attacked by the sign of the gradient.",
+        metrics=(
+            Metric(name="map-iou", direction="higher", title="IoU before and after the attack", primary=True),
+            Metric(name="map-correlation", direction="higher", title="rank correlation before and after"),
+        ),
+        protocol=1,
+        accepts=("cnn", "vit"),
+        data="builtin:procedural-shapes",
+        extra="vision",
+    ),
+    Task(
+        name="shapes-several",
+        kinds=("explainer",),
+        impl="methodbench_vision.tasks.several:SeveralClasses",
+        summary="Whether the maps of several classes of one picture lie on the objects of their own class: mIoU at the "
+        "best background score.",
+        metrics=(
+            Metric(name="seed-miou", direction="higher", title="seed mIoU", aggregate="single", primary=True),
+            Metric(name="image-miou", direction="higher", title="mIoU per picture"),
+            Metric(name="wrong-class", direction="lower", title="objects labelled as another class"),
+            Metric(name="over-activation", direction="lower", title="FP / union", aggregate="single"),
+            Metric(name="under-activation", direction="lower", title="FN / union", aggregate="single"),
+        ),
+        protocol=1,
+        accepts=("cnn", "vit"),
+        data="builtin:procedural-scenes",
+        extra="vision",
+    ),
     *(
         Task(
             name=f"{data}-image-probe",

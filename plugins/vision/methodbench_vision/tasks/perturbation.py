@@ -1,4 +1,4 @@
-"""Further tests of faithfulness on images whose class the model knows: ROAD, sparseness, infidelity, randomization.
+"""Further tests of explainers, where the class is known: ROAD, sparseness, infidelity, randomization, attacks.
 
 ROAD (Rong et al., 2202.00449) removes the most and the least relevant pixels and fills the holes from around them,
 so that the removal itself is not seen; pytorch-grad-cam's reading::
@@ -137,6 +137,91 @@ class Randomization:
             },
             throughput=(self.images * (table.shape[1] + 1) / seconds, "maps/s"),
         )
+
+
+@hyperparameters
+class Robustness:
+    """How alike maps stay under an attack by the sign of the gradient (Goodfellow et al., 1412.6572); per image.
+
+    Each picture, whole and attacked, is explained for the class that the model ranks first on it, as one would who does
+    not know of the attack.
+    """
+
+    images: Annotated[int, Field(ge=1, le=100_000, description="test images")] = 300
+    image_seed: Annotated[int, Field(ge=0, description="seed of the image set")] = 0
+    epsilon: Annotated[
+        float, Field(gt=0, le=1, description="largest change of a pixel, of values in [0, 1]")
+    ] = 4 / 255
+    batch_size: Annotated[int, Field(ge=1, le=1024, description="images per forward pass")] = 50
+
+    def evaluate(self, method: Explainer, model: LoadedModel | None, ctx: Context) -> Evaluation:
+        """Explain every image before and after the attack.
+
+        Raises:
+            NotApplicableError: the model was not trained on the procedural images, or the method looks at the
+                truth instead of the model.
+        """
+        model = fitted(model)
+        if isinstance(method, Oracle):
+            raise NotApplicableError("an oracle does not look at the picture, so attacking it says nothing")
+        data = procedural_images(self.image_seed, self.images, split="test")
+        alike: list[Tensor] = []
+        ranks: list[np.ndarray] = []
+        flipped, seconds = 0, 0.0
+        for part in torch.arange(self.images).split(self.batch_size):
+            labels = data.labels[part].to(ctx.device)
+            x = on_device(normalize(data.images[part], preprocess_of(model)), ctx)
+            attacked = attack(model, x, labels, self.epsilon)
+            maps = []
+            answers = []
+            for images in (x, attacked):
+                with torch.no_grad():
+                    answers.append(model.module(images).argmax(1))
+                found, spent = timed_maps(method, model, images, answers[-1])
+                maps.append(found)
+                seconds += spent
+            alike.append(soft_iou(*maps))
+            ranks.append(rank_correlation(*maps))
+            flipped += int((answers[0] != answers[1]).sum())
+        return Evaluation(
+            scores={
+                "map-iou": Scores(torch.cat(alike).numpy()),
+                "map-correlation": Scores(np.concatenate(ranks)),
+            },
+            facts={
+                "images": self.images,
+                "epsilon": self.epsilon,
+                "answers_changed": flipped / self.images,
+                "data_digest": hashlib.sha256(data.images.numpy().tobytes()).hexdigest(),
+            },
+            throughput=(2 * self.images / seconds, "maps/s"),
+        )
+
+
+def attack(model: LoadedModel, x: Tensor, labels: Tensor, epsilon: float) -> Tensor:
+    """Return images one step up the sign of the loss's gradient, pixels staying in [0, 1].
+
+    Args:
+        model: says how it normalizes.
+        x: normalized images [B, C, H, W].
+        labels: true classes [B].
+        epsilon: length of the step in pixel values.
+    """
+    preprocess = preprocess_of(model)
+    mean, std = (x.new_tensor(values)[:, None, None] for values in (preprocess.mean, preprocess.std))
+    with torch.enable_grad():
+        at = x.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(F.cross_entropy(model.module(at), labels, reduction="sum"), at)
+    pixels = (x * std + mean + epsilon * gradient.sign()).clamp(0, 1)
+    return (pixels - mean) / std
+
+
+def soft_iou(a: Tensor, b: Tensor) -> Tensor:
+    """Return sum min(a, b) / sum max(a, b) of maps [B, H, W] in [0, 1], float64 [B]; 1 where both are zero."""
+    first, second = a.double().cpu(), b.double().cpu()
+    either = torch.maximum(first, second).sum((1, 2))
+    both = torch.minimum(first, second).sum((1, 2))
+    return torch.where(either > 0, both / either.clamp_min(torch.finfo(torch.float64).tiny), 1.0)
 
 
 def imputed(image: np.ndarray, missing: np.ndarray) -> np.ndarray:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -49,6 +49,9 @@ from methodbench_vision.tasks.wsol import (
 )
 from methodbench_vision.weak.training import Seeds, labelled
 
+#: Distance and end of the background scores that maps are cut at.
+ThresholdStep = Annotated[float, Field(gt=0, le=0.3, description="distance of background scores")]
+ThresholdEnd = Annotated[float, Field(gt=0, le=1, description="background scores end before it")]
 _Images = Annotated[int, Field(ge=2, le=100_000, description="test pictures")]
 _Train = Annotated[int, Field(ge=4, le=100_000, description="pictures to learn from")]
 _Seed = Annotated[int, Field(ge=0, description="seed of the picture set")]
@@ -190,8 +193,8 @@ class SeedSegmentation:
     ] = 0.0
     texture: Texture = 1.0
     difficulty: Difficulty = 0.0
-    threshold_step: Annotated[float, Field(gt=0, le=0.3, description="distance of background scores")] = 0.02
-    threshold_end: Annotated[float, Field(gt=0, le=1, description="background scores end before it")] = 0.9
+    threshold_step: ThresholdStep = 0.02
+    threshold_end: ThresholdEnd = 0.9
 
     def evaluate(self, method: Segmenter | Explainer, model: LoadedModel | None, ctx: Context) -> Evaluation:
         """Train the method, cut its maps at every threshold, score the labels.
@@ -212,40 +215,64 @@ class SeedSegmentation:
         masks = data.masks[:, None] == torch.arange(1, data.labels.shape[1] + 1)[:, None, None]
         maps, classes = _checked(predictor, normalize(data.images, PREPROCESS), masks)
         thresholds = np.arange(0, self.threshold_end, self.threshold_step)
-        truth, present = data.masks.numpy(), data.labels.numpy()
-        tables = confusions(maps.double().numpy(), present, truth, thresholds)
-        pooled = miou(tables.sum(1))
-        best = int(pooled.argmax())
+        found = seed_scores(maps.double().numpy(), data.labels.numpy(), data.masks.numpy(), thresholds)
+        scores = found.scores
         # A picture of several classes is shown with the map of its first one.
         first = data.labels.int().argmax(1)
-        unions = tables[best].sum(0)
-        hit, wanted, drawn_ = _parts(unions)
-        union = (wanted + drawn_ - hit)[1:].sum()
-        scores = {
-            "seed-miou": Scores(pooled[best : best + 1]),
-            "image-miou": Scores(np.array([miou(table[None])[0] for table in tables[best]])),
-            "wrong-class": Scores(np.array([_wrong_class(table) for table in tables[best]])),
-            "over-activation": Scores(((drawn_ - hit)[1:].sum() / union)[None]),
-            "under-activation": Scores(((wanted - hit)[1:].sum() / union)[None]),
-        }
         if isinstance(predictor, Seeds) and classes is not None:
             scores["classification"] = Scores(((classes > 0) == data.labels).double().mean(1).numpy())
             covered = labelled(maps, data.labels, predictor.threshold) > 0
             scores["seed-area"] = Scores(covered.double().mean((1, 2)).numpy())
         return Evaluation(
             scores=scores,
-            series={"seed-miou-by-threshold": pooled},
+            series={"seed-miou-by-threshold": found.by_threshold},
             pictures=shown(
                 data.images, maps[torch.arange(len(maps)), first], [SHAPES_CLASSES[k] for k in first]
             ),
             facts={
                 "images": self.images,
                 "train_images": self.train_images,
-                "best_threshold": float(thresholds[best]),
-                "foreground_share": float((truth > 0).mean()),
+                "best_threshold": found.threshold,
+                "foreground_share": float((data.masks > 0).double().mean()),
                 "data_digest": hashlib.sha256(data.images.numpy().tobytes()).hexdigest(),
             },
         )
+
+
+class SeedScores(NamedTuple):
+    """What seeds are worth at the threshold that is best for them."""
+
+    scores: dict[str, Scores]
+    by_threshold: np.ndarray
+    """mIoU at every threshold, float64 [n]."""
+    threshold: float
+    """The best one."""
+
+
+def seed_scores(
+    maps: np.ndarray, present: np.ndarray, truth: np.ndarray, thresholds: np.ndarray
+) -> SeedScores:
+    """Cut maps at every threshold, and score the labels of the best.
+
+    Args:
+        maps: float64 [N, K, H, W] in [0, 1].
+        present: bool [N, K], which classes a picture shows.
+        truth: int64 [N, H, W], 0 for the background and k + 1 for class k.
+        thresholds: background scores [n].
+    """
+    tables = confusions(maps, present, truth, thresholds)
+    pooled = miou(tables.sum(1))
+    best = int(pooled.argmax())
+    hit, wanted, drawn = _parts(tables[best].sum(0))
+    union = (wanted + drawn - hit)[1:].sum()
+    scores = {
+        "seed-miou": Scores(pooled[best : best + 1]),
+        "image-miou": Scores(np.array([miou(table[None])[0] for table in tables[best]])),
+        "wrong-class": Scores(np.array([_wrong_class(table) for table in tables[best]])),
+        "over-activation": Scores(((drawn - hit)[1:].sum() / union)[None]),
+        "under-activation": Scores(((wanted - hit)[1:].sum() / union)[None]),
+    }
+    return SeedScores(scores, pooled, float(thresholds[best]))
 
 
 def confusions(
