@@ -158,6 +158,7 @@ class Table:
     model: Model | None
     questions: list[Question]
     baselines: list[Row]
+    """Best first, but for the one that differences are taken to, which leads."""
     groups: list[Group]
 
     @property
@@ -386,9 +387,10 @@ def _tables(
         rows = _rows(part, questions, records, catalog)
         asked = [questions[key] for key in part["question"].unique()]
         order = sorted(asked, key=lambda question: (-_answers(rows, question), question.task, question.key))
-        for question in order:
-            _compare(rows, question)
         ranked = [row for row in rows if not row.baseline]
+        baselines = _baselines(rows, ranked, order)
+        for question in order:
+            _compare([*baselines, *ranked], question)
         groups = [
             Group(positions, _by_result([row for row in ranked if row.positions == positions], order))
             for positions in sorted({row.positions for row in ranked})
@@ -399,7 +401,7 @@ def _tables(
                 title=model or task,
                 model=find_model(catalog, model) if model else None,
                 questions=order,
-                baselines=_by_result([row for row in rows if row.baseline], order),
+                baselines=baselines,
                 groups=groups,
             )
         )
@@ -498,8 +500,28 @@ def _answers(rows: Iterable[Row], question: Question) -> int:
     return sum(question.key in row.cells and row.cells[question.key].primary is not None for row in rows)
 
 
+def _baselines(rows: Sequence[Row], ranked: Sequence[Row], questions: Sequence[Question]) -> list[Row]:
+    """Return the baselines; the strongest one that some method reaches on the first question leads.
+
+    What no method reaches, an oracle for instance, is the end of a scale and says little of a difference; it leads
+    where there is no other.
+    """
+    found = _by_result([row for row in rows if row.baseline], questions)
+    question = questions[0]
+
+    def value(row: Row) -> float:
+        cell = row.cells.get(question.key)
+        if cell is None or cell.primary is None or question.metric is None:
+            return math.nan
+        return -cell.primary.value if question.metric.lower_is_better else cell.primary.value
+
+    best = max((one for one in map(value, ranked) if not math.isnan(one)), default=math.nan)
+    leading = next((row for row in found if value(row) <= best), None)
+    return sorted(found, key=lambda row: row is not leading)
+
+
 def _compare(rows: Sequence[Row], question: Question) -> None:
-    """Set differences to the baseline, and ranks within each group of positions."""
+    """Set differences to the first baseline, and ranks within each group of positions."""
     if question.metric is None:
         return
     scored = [

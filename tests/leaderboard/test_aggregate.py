@@ -83,6 +83,25 @@ def test_the_difference_to_the_baseline_is_paired(boards):
     assert baseline.difference is None
 
 
+def test_differences_are_to_the_strongest_baseline_that_a_method_reaches(made_up, tmp_path):
+    with made_up.open_store(str(tmp_path / "baselines.db")) as store:
+        maker = made_up.Maker(store)
+        # Lower is better: one baseline is out of reach, one is reached, one is beaten by all.
+        for method, level in (("nothing", 1.0), ("dense", 0.1), ("weak", 3.0), ("round", 0.9), ("mask", 2.0)):
+            baseline = method in ("nothing", "dense", "weak")
+            scores = {"perplexity": np.linspace(0, 0.1, 8) + level}
+            maker.run(method, "text-ppl", scores, model="tiny-lm", model_kind="causal-lm",
+                      family="baseline" if baseline else "shrink", baseline=baseline)  # fmt: skip
+        (board,) = make_boards(Records(store), made_up.make_catalog())
+    (table,) = board.tables
+    assert [row.method for row in table.baselines] == ["nothing", "dense", "weak"]
+    key = _key(table, "text-ppl")
+    by_method = {row.method: row.cells[key] for row in table.rows}
+    assert by_method["round"].difference.difference < 0 < by_method["mask"].difference.difference
+    assert by_method["nothing"].difference is None
+    assert by_method["dense"].difference.difference < 0
+
+
 def test_a_run_of_an_earlier_protocol_is_counted_but_not_compared(boards, store):
     (table,) = boards["shrink", "causal-lm"].tables
     question = next(question for question in table.questions if question.task == "text-ppl")

@@ -181,7 +181,8 @@ def test_methods_show_the_same_pictures_side_by_side(site, read):
         assert len(found) == 6
         assert len({attributes["src"] for attributes in found}) == 6
         assert sum(f"map by {other}" in attributes["alt"] for attributes in found) == 2
-        assert all((attributes["width"], attributes["height"]) == ("32", "24") for attributes in found)
+        # Pictures of 32 x 24 at three times their size.
+        assert all((attributes["width"], attributes["height"]) == ("96", "72") for attributes in found)
     assert not any(tag == "img" for tag, _ in read["methods/round.html"].elements)
 
 
