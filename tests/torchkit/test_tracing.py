@@ -73,6 +73,56 @@ def test_several_readers_and_several_calls_are_told() -> None:
     }
 
 
+def test_a_module_that_runs_again_keeps_all_that_it_read() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.other, self.relu = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1), nn.ReLU(inplace=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            made = self.other(self.relu(self.one(x)))
+            made += x
+            return self.relu(self.other(self.relu(self.other(self.relu(made)))))
+
+    found = read(Shared(), nn.Conv2d, nn.ReLU)
+    # What was added to the second convolution's first output is between it and the ReLU.
+    assert found.pairs == [("relu", "one"), ("relu", "other"), ("relu", "other")]
+    assert found.writer_of == {"relu": "other"}
+    assert found.calls == {"one": 1, "other": 3, "relu": 4}
+
+
+def test_memory_of_outputs_that_are_gone_is_not_taken_for_theirs() -> None:
+    class Forgetful(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.relu = nn.Conv2d(3, 3, 1), nn.ReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(20):
+                self.conv(x)
+                self.relu(x + 1)
+            return x
+
+    found = read(Forgetful(), nn.Conv2d, nn.ReLU)
+    assert found.pairs == []
+    assert found.calls == {"conv": 20, "relu": 20}
+
+
+def test_inference_mode_makes_no_difference() -> None:
+    net = Net()
+    expected = read(net, nn.Conv2d, nn.ReLU, nn.AdaptiveAvgPool2d)
+    with torch.inference_mode():
+        assert read(net, nn.Conv2d, nn.ReLU, nn.AdaptiveAvgPool2d) == expected
+        x = torch.ones(1, 3, 2, 2)
+    found = traced(
+        nn.Sequential(nn.ReLU(), nn.Conv2d(3, 3, 1), nn.ReLU(inplace=True)),
+        x,
+        writers=lambda _, part: isinstance(part, nn.Conv2d),
+        readers=lambda _, part: isinstance(part, nn.ReLU),
+    )
+    assert found.pairs == [("2", "1")]
+
+
 def test_an_identity_passes_on_what_another_wrote() -> None:
     chain = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Identity(), nn.ReLU(inplace=True))
     assert read(chain, nn.Conv2d, nn.ReLU).writer_of == {"2": "0"}

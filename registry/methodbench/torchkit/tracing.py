@@ -16,10 +16,16 @@ from torch import Tensor, nn
 class Reads:
     """What :func:`traced` saw, by dotted names."""
 
-    writer_of: dict[str, str] = field(default_factory=dict)
-    """The module whose output a module got as its first argument, unchanged, in its last call; in order of calls."""
+    pairs: list[tuple[str, str]] = field(default_factory=list)
+    """Reader and writer, in order of calls: every time that a module got another's output, unchanged, as its first
+    argument. A module that runs several times may be in several pairs."""
     calls: Counter[str] = field(default_factory=Counter)
     """How often each module that was watched ran."""
+
+    @property
+    def writer_of(self) -> dict[str, str]:
+        """The writer by the name of its reader; of several that one module read, the last."""
+        return dict(self.pairs)
 
 
 def traced(
@@ -32,10 +38,10 @@ def traced(
     """Run ``module`` on ``x`` without gradients and say which of its modules read which.
 
     An output that is written to in place is no longer that of the module which returned it. Hooks are gone when this
-    returns, whatever happens.
+    returns or raises. Both hold in inference mode too.
 
     Args:
-        module: run once.
+        module: run once; any of its modules may run several times in that, and may have several readers.
         x: its only argument.
         writers: by name and module, whose outputs are followed.
         readers: by name and module, whose first arguments are looked at.
@@ -53,16 +59,20 @@ def traced(
 
     def read(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            writer, output, version = outputs.get(id(args[0]) if args else 0, ("", x, -1))
+            seen = outputs.get(id(args[0])) if args else None
+            if seen is None:
+                return
+            writer, output, version = seen
             if output._version == version:
-                found.writer_of[name] = writer
+                found.pairs.append((name, writer))
 
         return hook
 
     def count(name: str) -> Callable[..., None]:
         return lambda *_: found.calls.update([name])
 
-    with ExitStack() as hooks, torch.no_grad():
+    # Tensors made in inference mode do not count the changes made to them.
+    with ExitStack() as hooks, torch.inference_mode(False), torch.no_grad():
         for name, part in module.named_modules():
             writes, looks = writers(name, part), readers(name, part)
             if writes or looks:
@@ -71,5 +81,5 @@ def traced(
                 hooks.callback(part.register_forward_pre_hook(read(name)).remove)
             if writes:
                 hooks.callback(part.register_forward_hook(write(name)).remove)
-        module(x)
+        module(x.clone() if x.is_inference() else x)
     return found

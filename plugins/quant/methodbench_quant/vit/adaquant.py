@@ -139,7 +139,7 @@ def relus_behind(module: nn.Module, layers: Sequence[str], images: Tensor) -> se
         writers=lambda name, _: name in layers,
         readers=lambda _, part: isinstance(part, nn.ReLU | nn.ReLU6),
     )
-    return set(found.writer_of.values())
+    return {layer for _, layer in found.pairs}
 
 
 def para_normalize(draft: Draft, norms: dict[str, nn.BatchNorm2d], images: Tensor, passes: int) -> None:

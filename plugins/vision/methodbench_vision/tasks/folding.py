@@ -55,6 +55,6 @@ def _pairs(module: nn.Module, x: Tensor) -> list[tuple[str, str]]:
     )
     return [
         (convolution, norm)
-        for norm, convolution in found.writer_of.items()
+        for norm, convolution in found.pairs
         if found.calls[norm] == found.calls[convolution] == 1
     ]
