@@ -167,7 +167,6 @@ class Text:
         return tokens[starts[:, None] + torch.arange(task.context + 1)].to(ctx.device)
 
 
-@functools.cache
 def prose(name: TextName) -> str:
     """Return a text: Shakespeare's plays from the data folder, or the topics of Python's documentation.
 
@@ -187,6 +186,7 @@ def prose(name: TextName) -> str:
     return "\n".join(topics.values())
 
 
+@functools.cache
 def read_text(name: TextName) -> Text:
     """Read a text and split it 8 : 1 : 1.
 
