@@ -1,4 +1,4 @@
-"""Quantiles from histograms, as the methods with calibrated thresholds take them."""
+"""Quantiles of values and of histograms, as the methods with calibrated thresholds take them."""
 
 from __future__ import annotations
 
@@ -24,3 +24,12 @@ def inverse_cdf(values: Tensor, counts: Tensor, share: float) -> float:
         return float(values[-1])
     fraction = (target - cumulative[index - 1]) / (cumulative[index] - cumulative[index - 1])
     return float(values[index - 1] + fraction * (values[index] - values[index - 1]))
+
+
+def smallest(values: Tensor, *ranks: int) -> tuple[Tensor, ...]:
+    """Return the ``rank``-th smallest of ``values`` [n] for every rank, counted from 1."""
+    if values.is_cuda:
+        # A selection there is the work of one multiprocessor, and takes longer than sorting with all of them.
+        ordered = values.sort().values
+        return tuple(ordered[rank - 1] for rank in ranks)
+    return tuple(values.kthvalue(rank).values for rank in ranks)

@@ -38,6 +38,7 @@ from methodbench.torchkit.activation_sparsity import (
     sequence_shapes,
 )
 from methodbench.torchkit.model import Calibration, LoadedModel, next_token_loss, set_submodule
+from methodbench_sparse.histograms import smallest
 
 #: The search chooses every alpha among this many values from 0 to 1.
 CHOICES = 21
@@ -223,7 +224,7 @@ def threshold(scores: Tensor, sparsity: float, alpha: float, *, ordered: bool = 
     count = int(scores.numel() * (1 - (1 - sparsity) * alpha))
     if not count:
         return 0.0
-    return float(scores[count - 1] if ordered else scores.kthvalue(count).values)
+    return float(scores[count - 1] if ordered else smallest(scores, count)[0])
 
 
 def column_scale(weight: Tensor) -> Tensor:

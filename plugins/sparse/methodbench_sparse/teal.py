@@ -38,7 +38,7 @@ from methodbench.torchkit.activation_sparsity import (
 from methodbench.torchkit.model import Calibration, LoadedModel
 from methodbench.torchkit.sparse_gemv import Execution, execute
 from methodbench_sparse.greedy import allocate
-from methodbench_sparse.histograms import inverse_cdf
+from methodbench_sparse.histograms import inverse_cdf, smallest
 
 
 @hyperparameters
@@ -158,7 +158,7 @@ class Histogram:
         low, high = values.min(), values.max()
         if low == high:
             return cls(low[None].cpu(), torch.tensor([float(values.numel())]))
-        first, last = _smallest(values, count + 1, values.numel() - count + (1 if count else 0))
+        first, last = smallest(values, count + 1, values.numel() - count + (1 if count else 0))
         if first == last:
             distinct, counts = values.unique(return_counts=True)
             return cls(distinct.cpu(), counts.float().cpu())
@@ -181,12 +181,3 @@ class Histogram:
         if sparsity == 0 or self.is_constant:
             return 0.0
         return max(0.0, inverse_cdf(self.centers, self.counts, 0.5 + sparsity / 2))
-
-
-def _smallest(values: Tensor, *ranks: int) -> tuple[Tensor, ...]:
-    """Return the ``rank``-th smallest of ``values`` [n] for every rank, counted from 1."""
-    if values.is_cuda:
-        # A selection there is the work of one multiprocessor, and takes longer than sorting with all of them.
-        ordered = values.sort().values
-        return tuple(ordered[rank - 1] for rank in ranks)
-    return tuple(values.kthvalue(rank).values for rank in ranks)
