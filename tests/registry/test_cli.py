@@ -59,6 +59,7 @@ def test_help_and_list_import_nothing_heavy() -> None:
         assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.alone
 def test_list_and_help_stay_within_a_fifth_of_a_cpu_second() -> None:
     import resource
 
