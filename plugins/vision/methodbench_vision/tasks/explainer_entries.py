@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from methodbench.entries import Metric, Task
+from methodbench_vision.tasks.weak_entries import SEED_METRICS
 
 _CONFIDENCE = (
     Metric(name="insertion-auc", direction="higher", title="insertion AUC", primary=True),
@@ -141,13 +142,7 @@ TASKS: list[Task] = [
         impl="methodbench_vision.tasks.several:SeveralClasses",
         summary="Whether the maps of several classes of one picture lie on the objects of their own class: mIoU at the "
         "best background score.",
-        metrics=(
-            Metric(name="seed-miou", direction="higher", title="seed mIoU", aggregate="single", primary=True),
-            Metric(name="image-miou", direction="higher", title="mIoU per picture"),
-            Metric(name="wrong-class", direction="lower", title="objects labelled as another class"),
-            Metric(name="over-activation", direction="lower", title="FP / union", aggregate="single"),
-            Metric(name="under-activation", direction="lower", title="FN / union", aggregate="single"),
-        ),
+        metrics=SEED_METRICS,
         protocol=1,
         accepts=("cnn", "vit"),
         data="builtin:procedural-scenes",

@@ -33,7 +33,7 @@ from methodbench.protocols import Evaluation, Explainer, Oracle, Scores
 from methodbench.torchkit.model import LoadedModel
 from methodbench.torchkit.seeding import repeatable
 from methodbench_vision.tasks.faithfulness import Confidence, class_confidence
-from methodbench_vision.tasks.images import normalize, procedural_images
+from methodbench_vision.tasks.images import denormalized, normalize, procedural_images
 from methodbench_vision.tasks.localization import fitted
 from methodbench_vision.tasks.maps import on_device, preprocess_of, timed_maps
 
@@ -208,12 +208,11 @@ def attack(model: LoadedModel, x: Tensor, labels: Tensor, epsilon: float) -> Ten
         epsilon: length of the step in pixel values.
     """
     preprocess = preprocess_of(model)
-    mean, std = (x.new_tensor(values)[:, None, None] for values in (preprocess.mean, preprocess.std))
     with torch.enable_grad():
         at = x.detach().requires_grad_()
         (gradient,) = torch.autograd.grad(F.cross_entropy(model.module(at), labels, reduction="sum"), at)
-    pixels = (x * std + mean + epsilon * gradient.sign()).clamp(0, 1)
-    return (pixels - mean) / std
+    pixels = denormalized(x, preprocess) + epsilon * gradient.sign()
+    return normalize(pixels.clamp(0, 1), preprocess)
 
 
 def soft_iou(a: Tensor, b: Tensor) -> Tensor:

@@ -4,6 +4,15 @@ from __future__ import annotations
 
 from methodbench.entries import Metric, Task
 
+#: What maps that compete for the pixels of several classes are scored by.
+SEED_METRICS = (
+    Metric(name="seed-miou", direction="higher", title="seed mIoU", aggregate="single", primary=True),
+    Metric(name="image-miou", direction="higher", title="mIoU per picture"),
+    Metric(name="wrong-class", direction="lower", title="objects labelled as another class"),
+    Metric(name="over-activation", direction="lower", title="FP / union", aggregate="single"),
+    Metric(name="under-activation", direction="lower", title="FN / union", aggregate="single"),
+)
+
 TASKS: list[Task] = [
     Task(
         name="shapes-weak-localization",
@@ -33,11 +42,7 @@ TASKS: list[Task] = [
         summary="Seeds of semantic segmentation learned from the classes of whole pictures: mIoU at the best "
         "background score, on procedural pictures of several objects whose classes come together.",
         metrics=(
-            Metric(name="seed-miou", direction="higher", title="seed mIoU", aggregate="single", primary=True),
-            Metric(name="image-miou", direction="higher", title="mIoU per picture"),
-            Metric(name="wrong-class", direction="lower", title="objects labelled as another class"),
-            Metric(name="over-activation", direction="lower", title="FP / union", aggregate="single"),
-            Metric(name="under-activation", direction="lower", title="FN / union", aggregate="single"),
+            *SEED_METRICS,
             Metric(name="classification", direction="higher", title="classes told right"),
             Metric(name="seed-area", direction="higher", title="share covered at the method's threshold"),
         ),
